@@ -1,0 +1,1 @@
+"""Training: optax for the steps, orbax for the state."""
