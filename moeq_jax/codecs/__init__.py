@@ -1,0 +1,82 @@
+"""Codecs turn a weight matrix into codes of 1 to 8 bits: RTN, HQQ and GPTQ, as pure functions of arrays.
+
+  codec = codecs.get("gptq(group=64)")
+  encode = jax.jit(jax.vmap(codec.encode, in_axes=(0, None, 0)))      # over experts; bits are data
+  encoded = encode(w, 2, moment)                                      # codes uint8, scale and zero bf16
+  w_hat = codecs.decode(encoded, codec.group, rows=w.shape[-2])
+
+The format that all of them share is described in `grid.py`.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from moeq_jax import registry
+from moeq_jax.codecs import gptq, grid, hqq, rtn
+
+TABLE = {"rtn": rtn, "hqq": hqq, "gptq": gptq}
+
+WIDTHS = grid.WIDTHS
+GROUPS = grid.GROUPS
+Encoded = grid.Encoded
+decode = grid.decode
+errors = grid.errors
+
+_REGISTRY = registry.Registry("codec", {name: module.Spec for name, module in TABLE.items()})
+
+
+@dataclasses.dataclass(frozen=True)
+class Codec:
+  """A codec with its options; hashable, so that it can be a static argument.
+
+  Attributes:
+    name: its name in `TABLE`.
+    spec: its options, the `Spec` of its module.
+  """
+
+  name: str
+  spec: Any
+
+  @property
+  def group(self) -> int:
+    """Rows of K that share a scale; 0 = all."""
+    return self.spec.group
+
+  def encode(self, w: jax.Array, bits: jax.Array | int, moment: jax.Array | None = None) -> Encoded:
+    """Encodes one matrix; pure, to be jitted and vmapped by the caller.
+
+    Args:
+      w: `[K, N]` float32, finite (see `check_finite`).
+      bits: int32 scalar in `WIDTHS`; may be traced.
+      moment: `[K, K]` float32, sum over tokens of `x x^T`; GPTQ needs it, the others ignore it.
+    """
+    return TABLE[self.name].encode(w, bits, moment, self.spec)
+
+  def __str__(self) -> str:
+    """The spec string: the group, and what differs from the defaults."""
+    options = ((field, getattr(self.spec, field.name)) for field in dataclasses.fields(self.spec))
+    changed = {field.name: value for field, value in options if field.name == "group" or value != field.default}
+    return str(registry.Spec(self.name, (), changed))
+
+
+def get(spec: str) -> Codec:
+  """The codec that a spec string names, for example `gptq(group=64)`.
+
+  Raises:
+    registry.SpecError: not a spec, an unknown codec or an unknown option; the message names the nearest one.
+    ValueError: a value that the option does not allow.
+  """
+  return Codec(registry.parse(spec).name, _REGISTRY.get(spec)())
+
+
+def check_finite(w: np.ndarray | jax.Array, name: str) -> None:
+  """Raises `ValueError` if the tensor `name` holds NaN or infinite values. Runs on the host."""
+  wrong = ~np.isfinite(np.asarray(w, np.float32))
+  if wrong.any():
+    first = tuple(int(i) for i in np.argwhere(wrong)[0])
+    raise ValueError(
+        f"tensor {name!r}: {int(wrong.sum())} of {wrong.size} values are NaN or infinite, the first at {first}; "
+        "the checkpoint is damaged or was saved from a run that diverged: take another one")

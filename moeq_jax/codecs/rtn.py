@@ -1,0 +1,44 @@
+"""Round to nearest (RTN) with a clipping search: the codec without data, and the yardstick for the other two.
+
+Every group of every column gets the clipped range of least squared error (`grid.search`), and every weight goes to the
+nearest level of it.
+"""
+
+import dataclasses
+
+import jax
+
+from moeq_jax.codecs import grid
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spec:
+  """Options of RTN.
+
+  Attributes:
+    group: rows of K that share a scale: 32, 64, 128, or 0 for all of K.
+  """
+
+  group: int = 64
+
+  def __post_init__(self) -> None:
+    grid.check_group(self.group)
+
+
+def encode(w: jax.Array, bits: jax.Array, moment: jax.Array | None, spec: Spec) -> grid.Encoded:
+  """Encodes one matrix; jittable, and vmappable over experts.
+
+  Args:
+    w: `[K, N]` float32, finite.
+    bits: int32 scalar in `grid.WIDTHS`; may be traced.
+    moment: not used.
+    spec: static options.
+  """
+  del moment
+
+  def encode_group(slab: tuple[jax.Array, jax.Array | None]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    x, valid = slab
+    scale, zero = grid.search(x, valid, bits)
+    return grid.quantize(x, scale, zero, grid.top_code(bits)), scale, zero
+
+  return grid.join(*jax.lax.map(encode_group, grid.split(w, spec.group)), rows=w.shape[0])
