@@ -40,7 +40,7 @@ def tiles(group_sizes: jax.Array, total: int, tile: int) -> Tiles:
   tiles_start = jnp.concatenate([jnp.zeros(1, tiles_end.dtype), tiles_end[:-1]])
   index = jnp.arange(count)
   expert = jnp.minimum(jnp.searchsorted(tiles_end, index, side="right"), experts - 1)
-  rows = (start[expert] + (index - tiles_start[expert]) * tile)[:, None] + jnp.arange(tile)
+  rows = (start[expert] + (index - tiles_start[expert]) * tile)[:, None] + jnp.arange(tile)[None, :]
   valid = (rows < end[expert][:, None]) & (index < tiles_end[-1])[:, None]
   row = jnp.arange(total)
   owner = jnp.minimum(jnp.searchsorted(end, row, side="right"), experts - 1)

@@ -1,0 +1,146 @@
+"""The one door to the matmul of the experts, for plain arrays and packed weights, on every device.
+
+Back-ends stand in one explicit table. Each says before anything is traced whether it takes a problem, because an error
+while lowering under `jit` could not be caught. A back-end asked for by name either runs or fails with its reason.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import custom_batching, lax
+
+from moeq_jax.kernels import cpu, reference, varying
+from moeq_jax.qtensor import QTensor
+
+Weights = jax.Array | QTensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+  """One way to compute a grouped matmul.
+
+  Attributes:
+    supports: `((T, E, K, N), (dtype of x, dtype of w or None if packed), device) -> reason`, None if it can.
+    forward: `(x, w, group_sizes, out_dtype) -> y`.
+    backward: `(x, w, group_sizes, dy) -> (dx, dw)`; `dw` is None for packed weights.
+  """
+
+  supports: Callable[[tuple[int, int, int, int], tuple[jnp.dtype, jnp.dtype | None], str], str | None]
+  forward: Callable[[jax.Array, Weights, jax.Array, jnp.dtype], jax.Array]
+  backward: Callable[[jax.Array, Weights, jax.Array, jax.Array], tuple[jax.Array, jax.Array | None]]
+
+
+BACKENDS = {  # in order of preference
+  "cpu": Backend(cpu.supports, cpu.forward, cpu.backward),
+  "reference": Backend(reference.supports, reference.forward, reference.backward),
+}
+DTYPES = (jnp.float32, jnp.bfloat16)
+
+
+def grouped_matmul(
+  x: jax.Array,
+  w: Weights,
+  group_sizes: jax.Array,
+  *,
+  backend: str | None = None,
+  out_dtype: jnp.dtype | None = None,
+) -> jax.Array:
+  """`y[t] = x[t] @ w[e(t)]` for rows sorted by expert.
+
+  Args:
+    x: `[T, K]` float32 or bfloat16, the rows of expert 0 first. Its dtype is that of the products: float32 weights for
+      float32 rows, bfloat16 weights with float32 accumulation for bfloat16 rows.
+    w: `[E, K, N]` array or QTensor. Inside `shard_map` a QTensor holds one shard.
+    group_sizes: `[E]` int32, rows of each expert, zero allowed; they sum to T.
+    backend: a name in `BACKENDS`; by default the first that takes the problem.
+    out_dtype: float32 or bfloat16; by default that of x.
+
+  Returns:
+    `[T, N]`. Differentiable in reverse mode in `x`, and in `w` if it is an array; a QTensor is a constant. `vmap` over
+    `x` runs one matmul after the other.
+
+  Raises:
+    ValueError: shapes that do not fit, an unknown back-end, one that does not take the problem, or `vmap` over `w`.
+  """
+  x, group_sizes = jnp.asarray(x), _checked(group_sizes, x, w)
+  w = jax.tree.map(jnp.asarray, w)
+  out_dtype = jnp.dtype(out_dtype or x.dtype)
+  for name, dtype in (("x", x.dtype), ("out_dtype", out_dtype)):
+    if dtype not in DTYPES:
+      raise ValueError(f"grouped_matmul: {name} is {dtype}; it takes float32 and bfloat16")
+  return _matmul(choose(x, w, backend), out_dtype, *varying.unify(x, w, group_sizes))
+
+
+def _checked(group_sizes: jax.Array, x: jax.Array, w: Weights) -> jax.Array:
+  """The group sizes as int32, once all shapes are seen to fit."""
+  if isinstance(w, QTensor) and w.shards > 1:
+    raise ValueError(f"grouped_matmul: w holds {w.shards} shards; call it inside shard_map, with shards.specs")
+  if x.ndim != 2 or len(w.shape) != 3 or x.shape[1] != w.shape[1] or group_sizes.shape != w.shape[:1]:
+    raise ValueError(
+      f"grouped_matmul: x {x.shape}, w {w.shape}, group_sizes {group_sizes.shape} are not [T, K], [E, K, N], [E]"
+    )
+  if not isinstance(group_sizes, jax.core.Tracer) and int(np.sum(group_sizes)) != x.shape[0]:
+    raise ValueError(f"grouped_matmul: group_sizes sum to {int(np.sum(group_sizes))}, but x has {x.shape[0]} rows")
+  return jnp.asarray(group_sizes, jnp.int32)
+
+
+def choose(x: jax.Array, w: Weights, backend: str | None = None, device: str | None = None) -> str:
+  """The name of the back-end that takes `x @ w` on `device` (by default the platform that jax computes on).
+
+  Raises:
+    ValueError: no such back-end; the one asked for does not take the problem; none does. With every reason.
+  """
+  if backend is not None and backend not in BACKENDS:
+    raise ValueError(f"grouped_matmul: unknown back-end {backend!r}; there are {list(BACKENDS)}")
+  dtypes = x.dtype, None if isinstance(w, QTensor) else w.dtype
+  shape, reasons = (x.shape[0], *w.shape), []
+  for name in [backend] if backend else BACKENDS:
+    reason = BACKENDS[name].supports(shape, dtypes, device or jax.default_backend())
+    if reason is None:
+      return name
+    reasons.append(f"{name}: {reason}")
+  raise ValueError(f"grouped_matmul: no back-end for (T, E, K, N) = {shape}, dtypes {dtypes}: {'; '.join(reasons)}")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _matmul(backend: str, out_dtype: jnp.dtype, x: jax.Array, w: Weights, group_sizes: jax.Array) -> jax.Array:
+  run = functools.partial(BACKENDS[backend].forward, out_dtype=out_dtype)
+  return _refuse_batched_weights(run)(x, w, group_sizes)
+
+
+def _forward(backend: str, out_dtype: jnp.dtype, x: jax.Array, w: Weights, group_sizes: jax.Array) -> Any:
+  return _matmul(backend, out_dtype, x, w, group_sizes), (x, w, group_sizes)
+
+
+def _backward(backend: str, out_dtype: jnp.dtype, saved: Any, dy: jax.Array) -> Any:
+  del out_dtype
+  dx, dw = _refuse_batched_weights(BACKENDS[backend].backward)(*saved, dy)
+  return dx, dw, None
+
+
+_matmul.defvjp(_forward, _backward)
+
+
+def _refuse_batched_weights(run: Callable[..., Any]) -> Callable[..., Any]:
+  """`run(x, w, ...)` with its own rule for `vmap`: one call after the other, and an error if `w` is batched."""
+  call = custom_batching.custom_vmap(run)
+
+  @call.def_vmap
+  def rule(size: int, batched: Any, *args: Any) -> Any:
+    if any(jax.tree.leaves(batched[1])):
+      raise ValueError(
+        "grouped_matmul: vmap over w would unpack every weight at every width at once; loop with lax.map or lax.scan"
+      )
+
+    def one(index: jax.Array) -> Any:
+      return call(*jax.tree.map(lambda leaf, many: jnp.asarray(leaf)[index] if many else leaf, args, tuple(batched)))
+
+    out = lax.map(one, jnp.arange(size))
+    return out, jax.tree.map(lambda _: True, out)
+
+  return call

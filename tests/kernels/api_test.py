@@ -1,0 +1,99 @@
+"""The door: the choice of a back-end, its errors, and gradients through a jitted model."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moeq_jax import kernels
+from moeq_jax.kernels import api, shapes
+from tests import conformance
+
+X, W, SIZES = conformance.rows(20, 64), np.ones((3, 64, 16), np.float32), np.array([5, 0, 15], np.int32)
+
+
+def test_the_package_names_the_door():
+  assert kernels.grouped_matmul is api.grouped_matmul
+
+
+def test_an_unknown_backend_lists_the_known():
+  with pytest.raises(ValueError, match=r"unknown back-end 'tpu'.*cpu.*reference"):
+    api.grouped_matmul(X, W, SIZES, backend="tpu")
+
+
+def test_the_first_backend_that_supports_is_chosen():
+  q = conformance.packed(2, (3, 64, 16)).q
+  assert api.choose(X, q, device="cpu") == "cpu"
+  assert api.choose(X, q, device="gpu") == "reference"
+  assert api.choose(X, W, device="gpu") == "cpu"
+
+
+def test_a_named_backend_that_does_not_support_fails_with_its_reason():
+  with pytest.raises(ValueError, match="cpu: packed weights are unpacked in a loop made for CPUs"):
+    api.choose(X, conformance.packed(2, (3, 64, 16)).q, backend="cpu", device="gpu")
+
+
+def test_no_backend_lists_every_reason(monkeypatch):
+  refusing = {
+    name: dataclasses.replace(entry, supports=lambda *_, name=name: f"no {name} today")
+    for name, entry in api.BACKENDS.items()
+  }
+  monkeypatch.setattr(api, "BACKENDS", refusing)
+  with pytest.raises(ValueError, match=r"\(20, 3, 64, 16\).*cpu: no cpu today; reference: no reference today"):
+    api.grouped_matmul(X, W, SIZES)
+
+
+def test_no_rows_give_no_rows():
+  for w in (W, conformance.packed(2, (3, 64, 16)).q):
+    assert api.grouped_matmul(X[:0], w, np.zeros(3, np.int32)).shape == (0, 16)
+
+
+@pytest.mark.parametrize(("x", "w", "sizes", "said"), [
+  (X[:, :32], W, SIZES, "are not"),
+  (X, W[0], SIZES, "are not"),
+  (X, W, SIZES[:2], "are not"),
+  (X[0], W, SIZES, "are not"),
+  (X, W, SIZES + 1, "sum to 23, but x has 20 rows"),
+  (X.astype(np.float16), W, SIZES, "x is float16"),
+])
+def test_bad_input_is_named(x, w, sizes, said):
+  with pytest.raises(ValueError, match=said):
+    api.grouped_matmul(x, w, sizes)
+
+
+def test_a_bad_output_type_is_named():
+  with pytest.raises(ValueError, match="out_dtype is int32"):
+    api.grouped_matmul(X, W, SIZES, out_dtype=jnp.int32)
+
+
+def test_gradient_through_a_jitted_feed_forward_block():
+  first, second = (conformance.packed(bits, shape) for bits, shape in (((2, 3), (2, 64, 96)), ((16, 1), (2, 96, 64))))
+  x, sizes = conformance.rows(30, 64), shapes.group_sizes("uniform", 30, 2)
+
+  def block(x: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
+    return jnp.sum(api.grouped_matmul(jax.nn.silu(api.grouped_matmul(x, first, sizes)), second, sizes) ** 2)
+
+  packed = jax.jit(jax.grad(block))(x, first.q, second.q)
+  dense = jax.jit(jax.grad(block))(x, first.values.astype(np.float32), second.values.astype(np.float32))
+  assert conformance.difference(packed, np.asarray(dense, np.float64)) < 1e-5
+
+
+def test_rematerialisation_and_scan_over_layers():
+  made = [conformance.packed(bits, (2, 64, 64), seed=seed, capacity=200) for seed, bits in enumerate(((2, 3), (1, 4)))]
+  stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *(m.q for m in made))
+  x, sizes = conformance.rows(30, 64), np.array([10, 20], np.int32)
+
+  @jax.checkpoint
+  def layer(x: jax.Array, q: kernels.api.QTensor) -> tuple[jax.Array, None]:
+    return api.grouped_matmul(x, q, sizes), None
+
+  value, pull = jax.vjp(lambda x: jax.lax.scan(layer, x, stacked)[0], x)
+  middle = conformance.expected(x, made[0].values, sizes)
+  assert conformance.difference(value, conformance.expected(middle, made[1].values, sizes)) < 1e-5
+  dy = conformance.rows(30, 64, seed=5)
+  wanted = dy
+  for part in reversed(made):
+    wanted = conformance.expected(wanted, part.values.swapaxes(1, 2), sizes)
+  assert conformance.difference(pull(jnp.asarray(dy))[0], wanted) < 1e-5
