@@ -21,7 +21,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.model = ml_collections.ConfigDict(
       dict(vocab_size=4096, hidden_size=256, intermediate_size=256, num_hidden_layers=5, num_attention_heads=4,
            num_key_value_heads=2, head_dim=64, num_local_experts=16, num_experts_per_tok=2,
-           max_position_embeddings=256)
+           max_position_embeddings=256, rope_theta=10_000.0, tie_word_embeddings=True)
   )
   config.balance = 0.002  # weak: experts may specialise, and some see few tokens
   config.compute_dtype = "bfloat16"

@@ -6,8 +6,8 @@ dataclasses that can be saved, opened alone, and reused by a later run only when
 Letters used in shapes all over the project:
 
   B batch, S sequence, T tokens, D hidden size, F expert ffn size, E experts, K inputs of a matmul (rows of a weight),
-  N outputs of a matmul (columns), G scale groups along K, L MoE layers, W candidate widths (bits), U units, P projections
-  (gate, up, down in this order), V vocabulary.
+  N outputs of a matmul (columns), G scale groups along K, L MoE layers, W candidate widths (bits), U units,
+  P projections (gate, up, down in this order), V vocabulary.
 
 Weights are stored as `[K, N]`, so that `y = x @ w`.
 """
@@ -61,8 +61,16 @@ def write_bytes(path: str | os.PathLike, data: bytes) -> None:
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-  """Writes `value` as indented JSON with sorted keys, atomically; equal values give equal bytes."""
-  write_bytes(path, (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())
+  """Writes `value` as indented JSON with sorted keys, atomically; equal values give equal bytes.
+
+  Raises:
+    ValueError: a number that is not finite; names the file, which keeps its old content.
+  """
+  try:
+    text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False)
+  except ValueError as error:
+    raise ValueError(f"{path}: not written, JSON holds finite numbers only ({error})") from None
+  write_bytes(path, (text + "\n").encode())
 
 
 def digest(data: Any) -> str:
@@ -75,7 +83,7 @@ def digest(data: Any) -> str:
       while block := file.read(1 << 20):
         sha.update(block)
   elif hasattr(data, "dtype"):
-    array = np.ascontiguousarray(np.asarray(data))
+    array = np.asarray(data)
     sha.update(f"{array.dtype}{array.shape}".encode())
     sha.update(array.tobytes())
   else:
@@ -98,8 +106,15 @@ class StaleProductError(Exception):
 
 
 def save_arrays(path: str | os.PathLike, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:
-  """Writes arrays and JSON-able metadata to one `.npz`, atomically and with the same bytes for the same values."""
+  """Writes arrays and JSON-able metadata to one `.npz`, atomically and with the same bytes for the same values.
+
+  Raises:
+    TypeError: an array of a type that the format does not keep (bfloat16: hand over a `uint16` view).
+  """
   packed = {name: np.asarray(value) for name, value in sorted(arrays.items())}
+  for name, value in packed.items():
+    if value.dtype.kind in "OV":
+      raise TypeError(f"{path}: array {name} is {value.dtype}, which .npz does not keep; save a view as integers")
   packed["__meta__"] = np.frombuffer(json.dumps(dict(meta), sort_keys=True).encode(), np.uint8)
   with atomic_path(path) as temporary, temporary.open("wb") as file:
     np.savez(file, **packed)
@@ -127,8 +142,8 @@ class Saved:
   def load(cls, path: str | os.PathLike, product_key: str | None = None) -> Self:
     """Reads a value back. With `product_key`, raises `StaleProductError` if the file was stamped with another."""
     arrays, meta = load_arrays(path)
-    if meta["type"] != cls.__name__:
-      raise StaleProductError(f"{path}: holds a {meta['type']}, not a {cls.__name__}")
+    if meta.get("type") != cls.__name__:
+      raise StaleProductError(f"{path}: holds {meta.get('type', 'something else')}, not {cls.__name__}; delete it")
     if product_key is not None and meta["key"] != product_key:
       raise StaleProductError(f"{path}: was made from other inputs, another spec or another version; delete it")
     plain = {k: tuple(v) if isinstance(v, list) else v for k, v in meta["plain"].items()}

@@ -76,12 +76,16 @@ def package_files(distribution: str, version: str) -> Iterator[Document]:
   """Yields the Python files that a pinned distribution installed, in path order.
 
   Raises:
-    DataError: the distribution is missing or has another version.
+    DataError: the distribution or one of its files is missing, or it has another version.
   """
   _check_version(distribution, version)
-  files = importlib.metadata.files(distribution) or []
-  for file in sorted((f for f in files if f.suffix == ".py"), key=str):
+  files = [file for file in importlib.metadata.files(distribution) or [] if file.suffix == ".py"]
+  if not files:
+    raise DataError(f"package {distribution} does not say which files it installed; reinstall it (./launch.sh)")
+  for file in sorted(files, key=str):
     path = Path(file.locate())
+    if not path.is_file():
+      raise DataError(f"{path}: not found; reinstall {distribution}=={version} (./launch.sh)")
     if path.stat().st_size > MAX_FILE_BYTES:
       continue
     text = path.read_text(encoding="utf-8", errors="replace")
@@ -157,21 +161,28 @@ def held_out() -> list[Document]:
   return list(drop_recurring(code + prose, set()))
 
 
-def training() -> Iterator[Document]:
-  """The training text: what is not held out, without recurring pieces and without any piece of the held-out text."""
+def _held_out_marks() -> set[bytes]:
+  """The hashes of the held-out pieces."""
   seen: set[bytes] = set()
   for _ in drop_recurring(held_out(), seen):
     pass
+  return seen
+
+
+def training() -> Iterator[Document]:
+  """The training text: what is not held out, without recurring pieces and without any piece of the held-out text."""
+  seen = _held_out_marks()
   for name, version in TRAIN_PACKAGES.items():
     yield from drop_recurring(package_files(name, version), seen)
   yield from drop_recurring((d for d in articles() if not is_held_out(d.name)), seen)
 
 
 def calibration() -> list[Document]:
-  """Training text for calibration: two whole training packages and the training articles, read in seconds."""
+  """Text of the training side for calibration: two training packages and the training articles, read in seconds."""
+  seen = _held_out_marks()
   code = [d for name in CALIBRATION_PACKAGES for d in package_files(name, TRAIN_PACKAGES[name])]
   prose = [d for d in articles() if not is_held_out(d.name)]
-  return list(drop_recurring(code + prose, set()))
+  return list(drop_recurring(code + prose, seen))
 
 
 def thin(documents: Sequence[Document], limit: int) -> list[Document]:
@@ -247,9 +258,16 @@ def batch(streams: dict[str, TokenStream], mixture: dict[str, float], step: int,
 
   Returns:
     `[size, length]` int32.
+
+  Raises:
+    DataError: a domain of the mixture has no text, or less than one window.
   """
   rng = np.random.default_rng([seed, step])
   names = sorted(mixture)
+  for name in names:
+    if name not in streams or len(streams[name].tokens) < length:
+      have = len(streams[name].tokens) if name in streams else 0
+      raise DataError(f"domain {name!r} has {have} tokens, a window takes {length} (domains: {', '.join(streams)})")
   share = np.array([mixture[name] for name in names])
   rows = []
   for domain in rng.choice(len(names), size=size, p=share / share.sum()):

@@ -35,7 +35,8 @@ def _streams(config: ml_collections.ConfigDict, workdir: Path, tokenizer: tokeni
     if meta["key"] == key:
       return {k: data.TokenStream(v.astype(np.int32), meta["bytes"][k]) for k, v in arrays.items()}
   streams = data.encode((d for d in data.training() if d.domain in config.mixture), tokenizer)
-  compact = {k: s.tokens.astype(np.uint16) for k, s in streams.items()}
+  width = np.min_scalar_type(tokenizer.get_vocab_size() - 1)
+  compact = {k: s.tokens.astype(width) for k, s in streams.items()}
   artifacts.save_arrays(path, compact, {"key": key, "bytes": {k: s.bytes for k, s in streams.items()}})
   return streams
 

@@ -13,6 +13,7 @@ import importlib.metadata
 import importlib.util
 import inspect
 import json
+import logging
 import platform
 import re
 import subprocess
@@ -186,7 +187,15 @@ def prepare(config: config_dict.ConfigDict, workdir: Path) -> None:
 def execute(config: config_dict.ConfigDict, workdir: Path) -> None:
   """Runs the config's task in `workdir`, from where an earlier call left it."""
   prepare(config, workdir)
-  TASKS[config.task](config, workdir)
+  handler = logging.FileHandler(workdir / "log.txt")
+  handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+  logger = logging.getLogger("moeq_jax")
+  logger.addHandler(handler)
+  try:
+    TASKS[config.task](config, workdir)
+  finally:
+    logger.removeHandler(handler)
+    handler.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ LAYERS = {
     1: ("codecs", "kernels", "sharding", "checkpoint", "data", "results", "progress"),
     2: ("models",),
     3: ("train", "calibrate", "encode", "scores", "allocate", "assemble", "evaluate", "export", "theory"),
-    4: ("pipeline", "report", "pretrain", "runs", "main", "bench"),
+    4: ("pipeline", "workspace", "report", "pretrain", "runs", "main", "bench"),
 }
 LAYER = {name: layer for layer, names in LAYERS.items() for name in names}
 MEET_EACH_OTHER = (0, 4)  # the values, and the spine

@@ -1,14 +1,14 @@
 """Hugging Face checkpoints in and out: one table of rules maps tensor names.
 
-Weights are `[out, in]` in the files and `[in, out]` here. Every tensor of a checkpoint must be used, and every parameter
-of the model filled: anything else is an error that names the file and the tensor.
+Weights are `[out, in]` in the files and `[in, out]` here. Every tensor of a checkpoint must be used, and every
+parameter of the model filled: anything else is an error that names the file and the tensor.
 """
 
 import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,7 @@ BLOCK = {
     "moe/up": ("block_sparse_moe.experts.{e}.w3.weight", True),
     "moe/down": ("block_sparse_moe.experts.{e}.w2.weight", True),
 }
+FLOATS = ("bfloat16", "float16", "float32", "float64")
 
 
 class CheckpointError(ValueError):
@@ -70,37 +71,54 @@ def read_config(directory: Path) -> tuple[decoder.DecoderConfig, dict[str, Any]]
   """Reads `config.json`: the sizes and the raw values.
 
   Raises:
-    CheckpointError: the directory or the file is missing or is not JSON.
+    CheckpointError: the directory or the file is missing, is not JSON, or describes a model that is not supported.
   """
   path = directory / "config.json"
   if not path.is_file():
     raise CheckpointError(f"{path}: not found; expected a directory in Hugging Face format")
   try:
     values = json.loads(path.read_text())
-  except json.JSONDecodeError as error:
+  except (json.JSONDecodeError, UnicodeDecodeError) as error:
     raise CheckpointError(f"{path}: not valid JSON ({error}); copy the file again") from None
-  return decoder.from_config(values), values
+  if not isinstance(values, dict):
+    raise CheckpointError(f"{path}: holds no JSON object; copy the file again")
+  try:
+    return decoder.from_config(values), values
+  except ValueError as error:
+    raise CheckpointError(f"{directory}: {error}") from None
 
 
-def _open_tensors(directory: Path) -> dict[str, np.ndarray]:
+class _Stored(NamedTuple):
+  """A tensor and the file that it stands in."""
+
+  file: Path
+  array: np.ndarray
+
+
+def _open_tensors(directory: Path) -> dict[str, _Stored]:
   files = sorted(directory.glob("model*.safetensors"))
   if not files:
     raise CheckpointError(f"{directory}: no model*.safetensors in it; expected a checkpoint in Hugging Face format")
-  tensors: dict[str, np.ndarray] = {}
-  for file in files:
-    try:
-      tensors |= safetensors.numpy.load_file(file)
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-      raise CheckpointError(f"{file}: cannot be read ({error}); it is truncated or damaged: copy it again") from None
-  return tensors
+  return {name: _Stored(file, array) for file in files for name, array in _read(file).items()}
 
 
-def _checked(directory: Path, name: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+def _read(file: Path) -> dict[str, np.ndarray]:
+  try:
+    return safetensors.numpy.load_file(file)
+  except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
+    raise CheckpointError(f"{file}: cannot be read ({error}); it is truncated or damaged: copy it again") from None
+
+
+def _checked(file: Path, name: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+  """The tensor itself, once its type, shape and values are seen to be right."""
+  if array.dtype.name not in FLOATS:
+    raise CheckpointError(f"{file}: tensor {name} is {array.dtype}, not one of {', '.join(FLOATS)}; the checkpoint is "
+                          "quantized: take the original one")
   if array.shape != shape:
-    raise CheckpointError(f"{directory}: tensor {name} has shape {list(array.shape)}, config.json implies {list(shape)};"
+    raise CheckpointError(f"{file}: tensor {name} has shape {list(array.shape)}, config.json implies {list(shape)};"
                           " the config belongs to another checkpoint")
   if not np.isfinite(array.astype(np.float32)).all():
-    raise CheckpointError(f"{directory}: tensor {name} holds NaN or infinite values; the checkpoint is damaged")
+    raise CheckpointError(f"{file}: tensor {name} holds NaN or infinite values; the checkpoint is damaged")
   return array
 
 
@@ -108,23 +126,26 @@ def load(directory: Path, dtype: jnp.dtype = jnp.float32) -> tuple[decoder.Decod
   """Reads a checkpoint directory into a model with parameters in `dtype`.
 
   Raises:
-    CheckpointError: a file is missing or damaged; a tensor is missing, unused, of a wrong shape, or not finite.
+    CheckpointError: a file is missing or damaged; a tensor is missing, unused, of a wrong shape or type, or not finite.
   """
   config, _ = read_config(directory)
-  tensors = _open_tensors(directory)
+  stored = _open_tensors(directory)
   model = jax.eval_shape(lambda: decoder.Decoder(config, dtype=dtype, rngs=nnx.Rngs(0)))
   leaves = []
   for parameter, leaf in named_leaves(model).items():
     names, transposed = _tensor_names(parameter, config.num_local_experts)
-    if missing := [n for n in names if n not in tensors]:
-      raise CheckpointError(f"{directory}: tensor {missing[0]} is missing ({len(missing)} in all); a shard is not there")
-    shape = leaf.shape[1:] if len(names) > 1 else leaf.shape
+    if missing := [n for n in names if n not in stored]:
+      raise CheckpointError(f"{directory}: tensor {missing[0]} is missing ({len(missing)} of this kind); a shard is "
+                            "not there, or the tensors have other names: copy all files of the checkpoint again")
+    shape = leaf.shape[1:] if leaf.ndim == 3 else leaf.shape
     shape = shape[::-1] if transposed else shape
-    parts = [_checked(directory, n, tensors.pop(n), shape) for n in names]
+    parts = [_checked(file, n, array, shape) for n in names for file, array in [stored.pop(n)]]
     parts = [p.T if transposed else p for p in parts]
-    leaves.append(jnp.asarray(np.stack(parts) if len(names) > 1 else parts[0]).astype(dtype))
-  if tensors:
-    raise CheckpointError(f"{directory}: tensor {sorted(tensors)[0]} has no place in this model ({len(tensors)} in all)")
+    leaves.append(jnp.asarray(np.stack(parts) if leaf.ndim == 3 else parts[0]).astype(dtype))
+  if stored:
+    name = min(stored)
+    raise CheckpointError(f"{stored[name].file}: tensor {name} has no place in the model that config.json describes "
+                          f"({len(stored)} such tensors); the config belongs to another checkpoint")
   return jax.tree.unflatten(jax.tree.structure(model), leaves), config
 
 
@@ -134,7 +155,7 @@ def tensors(model: decoder.Decoder, experts: int) -> dict[str, np.ndarray]:
   for parameter, leaf in named_leaves(model).items():
     names, transposed = _tensor_names(parameter, experts)
     array = np.asarray(leaf).astype(ml_dtypes.bfloat16)
-    parts = array if len(names) > 1 else [array]
+    parts = array if leaf.ndim == 3 else [array]
     out |= {name: np.ascontiguousarray(part.T if transposed else part) for name, part in zip(names, parts)}
   return out
 
@@ -164,9 +185,9 @@ def save(directory: Path, model: decoder.Decoder, config: decoder.DecoderConfig)
   artifacts.write_bytes(directory / "model.safetensors", data)
 
 
-def routers(tensors_or_model: decoder.Decoder) -> np.ndarray:
+def routers(model: decoder.Decoder) -> np.ndarray:
   """The router weights of all layers, `[L, E, D]` float32."""
-  return np.stack([np.asarray(block.moe.router[...], np.float32) for block in tensors_or_model.blocks])
+  return np.stack([np.asarray(block.moe.router[...], np.float32) for block in model.blocks])
 
 
 def save_routers(path: Path, routers_LxExD: np.ndarray) -> None:
@@ -179,15 +200,14 @@ def load_routers(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
   """Reads what `save_routers` wrote: `[L, E, D]` float32.
 
   Raises:
-    CheckpointError: the file is missing or damaged, or its routers are not of `shape`.
+    CheckpointError: the file is missing or damaged, or its routers are not of `shape` or not finite.
   """
   if not path.is_file():
     raise CheckpointError(f"{path}: not found; router_norm_change needs the routers from before training")
-  try:
-    named = safetensors.numpy.load_file(path)
-    stacked = np.stack([named[f"model.layers.{l}.{BLOCK['moe/router'][0]}"] for l in range(len(named))])
-  except (safetensors.SafetensorError, KeyError, ValueError, OSError) as error:
-    raise CheckpointError(f"{path}: cannot be read ({error}); copy it again") from None
-  if stacked.shape != shape:
-    raise CheckpointError(f"{path}: initial routers are {list(stacked.shape)}, the model's are {list(shape)} [L, E, D]")
-  return stacked.astype(np.float32)
+  named = _read(path)
+  names = [f"model.layers.{l}.{BLOCK['moe/router'][0]}" for l in range(shape[0])]
+  if wrong := sorted(named.keys() ^ set(names)):
+    state = "has no place" if wrong[0] in named else "is missing"
+    raise CheckpointError(f"{path}: tensor {wrong[0]} {state}; the file holds the initial routers of another model than "
+                          f"this one of {shape[0]} layers")
+  return np.stack([_checked(path, name, named[name], shape[1:]) for name in names]).astype(np.float32)

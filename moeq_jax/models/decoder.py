@@ -39,14 +39,15 @@ def rms_norm(x: jax.Array, weight: nnx.Param, eps: float) -> jax.Array:
   """Root-mean-square norm over the last axis, in float32, back in the dtype of `x`."""
   wide = x.astype(jnp.float32)
   normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-  return (normed * weight[...].astype(jnp.float32)).astype(x.dtype)
+  gain = weight[...].astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+  return (normed * gain).astype(x.dtype)
 
 
 def rotate(x: jax.Array, theta: float) -> jax.Array:
   """Rotary position embedding (RoFormer, eq. 34; halves layout) on `[B, S, heads, head_dim]`."""
   half = x.shape[-1] // 2
   frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  angle = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None] * frequency
+  angle = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None] * frequency[None, :]
   cos, sin = jnp.cos(angle)[None, :, None], jnp.sin(angle)[None, :, None]
   a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
@@ -151,7 +152,7 @@ def init(config: DecoderConfig, seed: int) -> Decoder:
 def token_losses(logits: jax.Array, tokens: jax.Array) -> jax.Array:
   """Cross-entropy of each next token in nats: `[B, S, V]`, `[B, S]` -> `[B, S - 1]` float32."""
   logits, labels = logits[:, :-1], tokens[:, 1:, None]
-  picked = jnp.sum(jnp.where(jnp.arange(logits.shape[-1]) == labels, logits, 0.0), axis=-1)
+  picked = jnp.sum(jnp.where(jnp.arange(logits.shape[-1])[None, None] == labels, logits, 0.0), axis=-1)
   return jax.nn.logsumexp(logits, axis=-1) - picked
 
 
@@ -232,6 +233,8 @@ def functions(dtype: jnp.dtype) -> Functions:
 def from_config(values: Mapping[str, Any]) -> DecoderConfig:
   """Reads a Hugging Face Mixtral `config.json` (transformers 5 and older spellings).
 
+  `rope_theta` and `tie_word_embeddings`, where missing, are what transformers takes for Mixtral: 10^6 and false.
+
   Raises:
     ValueError: a field is missing or has a value that is not supported, named.
   """
@@ -244,12 +247,27 @@ def from_config(values: Mapping[str, Any]) -> DecoderConfig:
   rope = values.get("rope_parameters") or {}
   if rope.get("rope_type", "default") != "default":
     raise ValueError(f"config.json: rope_type {rope['rope_type']!r} is not supported; expected 'default'")
-  fields = {f.name for f in dataclasses.fields(DecoderConfig)}
-  known = {k: v for k, v in values.items() if k in fields}
-  known["rope_theta"] = rope.get("rope_theta", values.get("rope_theta", 10_000.0))
+  fields = dataclasses.fields(DecoderConfig)
+  needed = {f.name for f in fields if f.default is dataclasses.MISSING} - {"head_dim"}
+  if wrong := sorted(name for name in needed if type(values.get(name)) is not int):
+    raise ValueError(f"config.json: {wrong[0]} is {values.get(wrong[0])!r}; a whole number is needed")
+  known = {"tie_word_embeddings": False} | {k: v for k, v in values.items() if k in {f.name for f in fields}}
+  known["rope_theta"] = float(rope.get("rope_theta") or values.get("rope_theta") or 1e6)
   if known.get("head_dim") is None:
     known["head_dim"] = values["hidden_size"] // values["num_attention_heads"]
-  try:
-    return DecoderConfig(**known)
-  except TypeError as error:
-    raise ValueError(f"config.json: {error}") from None
+  config = DecoderConfig(**known)
+  _check(config)
+  return config
+
+
+def _check(config: DecoderConfig) -> None:
+  """Raises a ValueError if the sizes contradict one another."""
+  c = config
+  if c.num_attention_heads % c.num_key_value_heads:
+    raise ValueError(f"config.json: num_attention_heads {c.num_attention_heads} is not a multiple of "
+                     f"num_key_value_heads {c.num_key_value_heads}")
+  if c.head_dim % 2:
+    raise ValueError(f"config.json: head_dim {c.head_dim} is odd; rotary positions turn pairs")
+  if not 1 <= c.num_experts_per_tok <= c.num_local_experts:
+    raise ValueError(f"config.json: num_experts_per_tok {c.num_experts_per_tok} is not between 1 and "
+                     f"num_local_experts {c.num_local_experts}")

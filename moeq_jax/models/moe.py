@@ -52,7 +52,7 @@ def route(logits: jax.Array, top_k: int) -> Routing:
   """Chooses the `top_k` largest logits (ties: the lower index) and renormalises over them."""
   experts = jax.lax.top_k(jax.lax.stop_gradient(logits), top_k)[1]
   chosen = jax.nn.one_hot(experts, logits.shape[-1], dtype=logits.dtype)
-  weights = jax.nn.softmax(jnp.einsum("te,tke->tk", logits, chosen), axis=-1)
+  weights = jax.nn.softmax(jnp.einsum("te,tke->tk", logits, chosen, precision="highest"), axis=-1)
   return Routing(logits, experts, weights, jnp.sum(chosen, axis=(0, 1)).astype(jnp.int32))
 
 
@@ -87,10 +87,12 @@ class MoE(nnx.Module):
     Args:
       x: rows in the compute dtype.
       tap: called as `tap(name, rows, group_sizes)` on the rows sorted by expert, for the names `input`, `gate`, `up`,
-        `mid` (input of down) and `down` (already weighted by the router); returns the rows, unchanged in value.
+        `mid` (input of down) and `down` (before the router's weight, which its gradient holds); returns the rows,
+        unchanged in value.
     """
     with jax.named_scope("route"):
-      routing = route(x.astype(jnp.float32) @ self.router[...].astype(jnp.float32).T, self.top_k)
+      router = self.router[...].astype(jnp.float32)
+      routing = route(jnp.matmul(x.astype(jnp.float32), router.T, precision="highest"), self.top_k)
       order = jnp.argsort(routing.experts.reshape(-1), stable=True)
       inverse = jnp.argsort(order)
     sizes = routing.group_sizes
@@ -104,6 +106,6 @@ class MoE(nnx.Module):
       gate, up = tap("gate", matmul(rows, self.gate), sizes), tap("up", matmul(rows, self.up), sizes)
       mid = tap("mid", jax.nn.silu(gate) * up, sizes)
       weights = permute(routing.weights.reshape(-1), order, inverse).astype(x.dtype)
-      down = tap("down", matmul(mid, self.down) , sizes) * weights[:, None]
+      down = tap("down", matmul(mid, self.down), sizes) * weights[:, None]
     with jax.named_scope("combine"):
       return jnp.sum(permute(down, inverse, order).reshape(*x.shape[:1], self.top_k, -1), axis=1), routing

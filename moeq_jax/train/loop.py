@@ -1,5 +1,6 @@
 """One training loop: optax steps, orbax checkpoints, a log that continues where a killed run stopped."""
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -70,7 +71,7 @@ def fit(params: Any, loss_fn: LossFn, batch: Callable[[int], np.ndarray], schedu
   """Trains `params` and returns them; started again with the same arguments, continues after the last checkpoint.
 
   Args:
-    params: initial parameters (a pytree of float arrays).
+    params: initial parameters (a pytree of float arrays); given up, as their memory is used for the next ones.
     loss_fn: `(params, batch) -> (loss, metrics)`; metrics hold `loss` in nats per token.
     batch: step -> tokens `[B, S]` int32; a pure function, so that a resumed run sees the same batches.
     schedule: optimizer and length.
@@ -79,33 +80,43 @@ def fit(params: Any, loss_fn: LossFn, batch: Callable[[int], np.ndarray], schedu
     log_every, save_every: steps between rows and between checkpoints; `save_every` is a multiple of `log_every`.
 
   Raises:
-    FloatingPointError: the loss is not finite; names the steps.
+    FloatingPointError: the loss or its gradient is not finite; names the steps.
+    ValueError: `save_every` is no multiple of `log_every`: a resumed run would log other means.
   """
+  if save_every % log_every:
+    raise ValueError(f"save_every {save_every} is not a multiple of log_every {log_every}; choose one that is")
   optimizer = schedule.optimizer()
-  checkpoints = checkpoint.Checkpoints(workdir / "checkpoints")
-  start, (params, opt_state) = checkpoints.restore((params, optimizer.init(params)))
-  step_fn, rate = _train_step(loss_fn, optimizer), schedule.rate()
-  log = _read_log(workdir / "log.jsonl", start)
-  window, began, tokens = [], time.monotonic(), 0
-  with progress.bar("train", schedule.steps, start) as advance:
-    for step in range(start + 1, schedule.steps + 1):
-      tokens_now = batch(step)
-      params, opt_state, metrics = step_fn(params, opt_state, jnp.asarray(tokens_now))
-      window.append(metrics)
-      tokens += tokens_now.size
-      if step % log_every == 0 or step == schedule.steps:
-        row = {"step": step, "tokens": step * tokens_now.size, "rate": float(rate(step))} | _mean(window) | watch(params)
-        if not np.isfinite(row["loss"]):
-          raise FloatingPointError(f"loss is {row['loss']} between steps {step - len(window)} and {step}")
-        log.append(row)
-        window = []
-        artifacts.write_bytes(workdir / "log.jsonl", "".join(json.dumps(r) + "\n" for r in log).encode())
-      if step % save_every == 0 or step == schedule.steps:
-        checkpoints.save(step, (params, opt_state))
-      loss = log[-1]["loss"] if log else float("nan")
-      advance(note=f"loss {loss:.3f}, {tokens / (time.monotonic() - began):.0f} tokens/s")
-  checkpoints.close()
+  with contextlib.closing(checkpoint.Checkpoints(workdir / "checkpoints")) as checkpoints:
+    start, (params, opt_state) = checkpoints.restore((params, optimizer.init(params)))
+    step_fn, rate = _train_step(loss_fn, optimizer), schedule.rate()
+    log = _read_log(workdir / "log.jsonl", start)
+    window, began, tokens = [], time.monotonic(), 0
+    with progress.bar("train", schedule.steps, start) as advance:
+      for step in range(start + 1, schedule.steps + 1):
+        tokens_now = batch(step)
+        params, opt_state, metrics = step_fn(params, opt_state, jnp.asarray(tokens_now))
+        window.append(metrics)
+        tokens += tokens_now.size
+        if step % log_every == 0 or step == schedule.steps:
+          row = {"step": step, "tokens": step * tokens_now.size, "rate": float(rate(step))}
+          row |= _mean(window) | watch(params)
+          _check(row, step - len(window) + 1)
+          log.append(row)
+          window = []
+          artifacts.write_bytes(workdir / "log.jsonl", "".join(json.dumps(r) + "\n" for r in log).encode())
+        if step % save_every == 0 or step == schedule.steps:
+          checkpoints.save(step, (params, opt_state))
+        loss = log[-1]["loss"] if log else float("nan")
+        advance(note=f"loss {loss:.3f}, {tokens / (time.monotonic() - began):.0f} tokens/s")
   return params
+
+
+def _check(row: dict[str, Any], first: int) -> None:
+  """Raises a FloatingPointError if the means over the steps from `first` on are not finite."""
+  for name in ("loss", "grad_norm"):
+    if not np.isfinite(row[name]):
+      raise FloatingPointError(f"{name} is {row[name]} in steps {first} to {row['step']}; a lower learning rate or a "
+                               "longer warm-up may help, in another work directory")
 
 
 def _mean(window: list[dict]) -> dict[str, Any]:

@@ -1,0 +1,5 @@
+"""Allocation: which unit gets how many bits.
+
+`problem` turns cost tables and budgets into knapsack instances and plans, `knapsack` solves them exactly over the whole
+model, `tiers` holds the paper's per-layer rules.
+"""

@@ -1,0 +1,1 @@
+"""Assembly: the chosen codes become QTensors, the QTensors become a model that runs."""

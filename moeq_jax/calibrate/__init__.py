@@ -1,0 +1,1 @@
+"""Calibration: one pass of forward and backward over batches of text, into `artifacts.Stats`."""

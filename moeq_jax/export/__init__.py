@@ -1,0 +1,1 @@
+"""Export: quantized models as files."""

@@ -1,0 +1,308 @@
+"""The way of the data, stage by stage: checkpoint, calibrate, encode, score, allocate, assemble, evaluate, report.
+
+This file alone knows the order of the stages. Each stage's product is kept in the work directory under a key made of
+the stage's version, its spec and the digests of its inputs; it is used again only if the key matches. A run that was
+killed goes on from its last product and ends with the same bytes as an undisturbed one.
+"""
+
+import functools
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+import numpy as np
+from rich import console as rich_console
+
+from moeq_jax import artifacts, codecs, progress, registry, report, results, runs, scores, workspace
+from moeq_jax.allocate import methods
+from moeq_jax.assemble import apply
+from moeq_jax.calibrate import statistics
+from moeq_jax.encode import candidates
+from moeq_jax.evaluate import perplexity
+from moeq_jax.export import native
+from moeq_jax.scores import damage as damage_lib
+
+# Raised when a stage computes something else from the same inputs; older products are then made again.
+VERSIONS = {"stats": 1, "codes": 1, "damage": 1, "plans": 1, "rows": 1}
+
+Candidate = methods.Candidate
+
+log = logging.getLogger(__name__)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stages, each kept under its key
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def calibrate(run: workspace.Workdir, subject: workspace.Subject, text: workspace.Text) -> artifacts.Stats:
+  """Statistics of the calibration batches, kept in `stats/stats.npz`."""
+
+  def make() -> artifacts.Stats:
+    with progress.bar("calibrate", len(text.calibration)) as advance:
+      return statistics.collect(subject.functions, subject.top, subject.blocks, text.calibration, advance=advance)
+
+  inputs = {"model": subject.digest, "text": text.digest}
+  key = artifacts.key("stats", VERSIONS["stats"], {"dtype": subject.dtype}, inputs)
+  return run.product("stats/stats.npz", key, artifacts.Stats.load, make)
+
+
+def encode(run: workspace.Workdir, subject: workspace.Subject, stats: artifacts.Stats, codec: codecs.Codec,
+           widths: Sequence[int]) -> tuple[list[artifacts.LayerCodes], artifacts.ErrorTable, str]:
+  """Codes of every expert at every width (`codes/`), their errors (`errors.npz`), and the key of both."""
+  inputs = {"model": subject.digest, "stats": artifacts.digest_of(stats)}
+  key = artifacts.key("codes", VERSIONS["codes"], {"codec": str(codec), "widths": list(widths)}, inputs)
+  ready = candidates.shrink_unrouted(stats)
+  layers = []
+  with progress.bar("encode", len(subject.blocks)) as advance:
+    for layer, block in enumerate(subject.blocks):
+      make = functools.partial(candidates.encode_layer, subject.functions.experts(block), ready, layer, codec=codec,
+                               widths=widths)
+      layers.append(run.product(f"codes/layer-{layer:03d}.npz", key, artifacts.LayerCodes.load, make))
+      advance()
+  errors = candidates.error_table(layers, widths=widths, codec=codec)
+  errors.save(run.path / "errors.npz", key)
+  return layers, errors, key
+
+
+def measure_damage(run: workspace.Workdir, subject: workspace.Subject, text: workspace.Text,
+                   layers: Sequence[artifacts.LayerCodes], errors: artifacts.ErrorTable, bits: int,
+                   codes_key: str) -> damage_lib.Damage | None:
+  """Damage of each expert alone at `bits`, kept in `damage.npz`; `None` where the config asks for none."""
+  if not text.damage:
+    return None
+  index = errors.widths.index(bits)
+
+  def dequantized(layer: int, expert: int) -> dict[str, np.ndarray]:
+    weights = {}
+    for name in artifacts.PROJECTIONS:
+      codes = getattr(layers[layer], name)
+      encoded = codecs.Encoded(*(field[index, expert] for field in codes))
+      weights[name] = np.asarray(codecs.decode(encoded, errors.group, codes.codes.shape[2]))
+    return weights
+
+  def make() -> damage_lib.Damage:
+    with progress.bar("measure damage", subject.shape[0] * subject.shape[1]) as advance:
+      return damage_lib.measure(subject.functions, subject.top, subject.blocks, text.damage, bits=bits,
+                                dequantized=dequantized, advance=advance)
+
+  inputs = {"codes": codes_key, "text": text.digest}
+  key = artifacts.key("damage", VERSIONS["damage"], {"bits": bits, "dtype": subject.dtype}, inputs)
+  return run.product("damage.npz", key, damage_lib.Damage.load, make)
+
+
+def allocate(run: workspace.Workdir, subject: workspace.Subject, evidence: scores.Evidence,
+             config: ml_collections.ConfigDict) -> list[Candidate]:
+  """Every method at every budget, kept as `costs-*.npz` and `plan-*.json`.
+
+  Plans take no time worth saving, so they are always made, and written only where they differ.
+  """
+  inputs = methods.Inputs(
+      widths=tuple(config.widths),
+      shape=subject.shape,
+      weights=subject.expert_weights(),
+      cost=functools.cache(lambda spec: scores.as_cost(spec, evidence)),
+      sensitivity=functools.cache(lambda spec: scores.sensitivity(spec, evidence)),
+      draws=config.draws,
+      seed=config.seed,
+  )
+  found = [c for spec in config.methods for budget in config.budgets for c in methods.candidates(spec, budget, inputs)]
+  for spec in sorted({name for c in found if (name := methods.score_of(c.plan.method))}):
+    inputs.cost(spec).save(run.path / f"costs-{registry.filename(spec)}.npz")
+  for candidate in found:
+    artifacts.write_json(run.path / f"plan-{candidate.file_name()}.json", candidate.plan.as_json())
+  return found
+
+
+def evaluate(subject: workspace.Subject, text: workspace.Text, layers: Sequence[artifacts.LayerCodes],
+             codec: codecs.Codec, candidate: Candidate, against: perplexity.Reference,
+             widths: Sequence[int]) -> dict[str, Any]:
+  """The row of one plan: the model runs from its packed buffers."""
+  packed = [apply.pack_layer(codes, bits, widths=widths, group=codec.group, sized=True)
+            for codes, bits in zip(layers, candidate.plan.bits, strict=True)]
+  blocks = apply.quantized_blocks(subject.functions, subject.blocks, packed)
+  measured = perplexity.measure(subject.functions, subject.top, blocks, text.evaluation, against)
+  delta, stderr = perplexity.paired(measured.loss, against.loss)
+  return candidate.as_row() | native.sizes(packed, subject.others) | losses(measured.loss, text) | {
+      "codec": str(codec), "group": codec.group, "loss_delta": delta, "loss_delta_ci95": 1.96 * stderr,
+      "kl": float(measured.kl.mean()), "router_agreement": measured.router_agreement,
+  }
+
+
+def losses(loss: np.ndarray, text: workspace.Text) -> dict[str, float]:
+  """Loss over all sequences and per domain, from one loss per sequence."""
+  row = {"loss": float(loss.mean()), "perplexity": float(np.exp(loss.mean()))}
+  for domain, ratio in text.tokens_per_byte.items():
+    mean = float(loss[text.domains == domain].mean())
+    row |= {f"loss_{domain}": mean, f"nats_per_byte_{domain}": mean * ratio}
+  return row
+
+
+def full_row(subject: workspace.Subject, text: workspace.Text, loss: np.ndarray) -> dict[str, Any]:
+  """The row of the full-precision model (experts in bfloat16)."""
+  experts = subject.expert_weights() * subject.shape[0] * subject.shape[1]
+  megabytes = (2 * experts + sum(a.nbytes for a in subject.others.values())) / 1e6
+  return losses(loss, text) | {
+      "id": "full", "method": "full precision", "family": "full", "codec": None, "group": None, "budget": None,
+      "nominal_bits": 16.0, "effective_bits": 16.0, "stored_bits": 16.0, "file_mb": megabytes, "loss_delta": 0.0,
+      "loss_delta_ci95": 0.0, "kl": 0.0, "router_agreement": 1.0, "predicted": None, "lower_bound": None, "gap": None,
+      "draw": None,
+  }
+
+
+def measure(run: workspace.Workdir, subject: workspace.Subject, text: workspace.Text,
+            layers: Sequence[artifacts.LayerCodes], codec: codecs.Codec, found: Sequence[Candidate],
+            config: ml_collections.ConfigDict, codes_key: str) -> list[results.Row]:
+  """Evaluates full precision and every plan into `rows.jsonl`.
+
+  Rows that are there are kept if they are the first of those that this run would write, from the same inputs and plans;
+  otherwise all are measured again, so that the file does not depend on what was in it.
+  """
+  path = run.path / "rows.jsonl"
+  key = artifacts.key("rows", VERSIONS["rows"], {"dtype": subject.dtype, "plans": VERSIONS["plans"]},
+                      {"codes": codes_key, "text": text.digest})
+  stamp = {"seed": config.seed, "config_hash": config_hash(config), "key": key}
+  plans = {"full": None} | {candidate.file_name(): artifacts.digest(candidate.plan.bits) for candidate in found}
+  done = {row["id"]: row for row in results.read(path)}
+  known = {row["id"]: {name: row.get(name) for name in ("plan", *stamp)} for row in done.values()}
+  if list(known.items()) != [(name, {"plan": plan} | stamp) for name, plan in plans.items()][: len(known)]:
+    log.warning("rows.jsonl was made from something else: measuring again")
+    path.unlink()
+    done = {}
+  against = perplexity.reference(subject.functions, subject.top, subject.blocks, text.evaluation)
+  results.append(path, full_row(subject, text, against.loss) | stamp)
+  with progress.bar("evaluate plans", len(found)) as advance:
+    for candidate in found:
+      row = done.get(candidate.file_name())
+      if row is None:
+        row = evaluate(subject, text, layers, codec, candidate, against, tuple(config.widths)) | stamp
+        results.append(path, row)
+      advance(note=f"{candidate.plan.method} at {candidate.plan.budget}: loss {row['loss']:.4f}")
+  return results.read(path)
+
+
+def export(run: workspace.Workdir, subject: workspace.Subject, layers: Sequence[artifacts.LayerCodes],
+           codec: codecs.Codec, found: Sequence[Candidate], config: ml_collections.ConfigDict) -> None:
+  """Writes the models of the plans that `config.export` names, as `(method, budget)`, to `quantized-*/`."""
+  wanted = [(registry.canonical(method), budget) for method, budget in config.export]
+  for method, budget in wanted:
+    if not any((c.plan.method, c.plan.budget) == (method, budget) for c in found):
+      log.warning("config.export: %s at %s bits is not among this run's plans: nothing is written for it", method, budget)
+  for candidate in found:
+    if (candidate.plan.method, candidate.plan.budget) not in wanted:
+      continue
+    packed = [apply.pack_layer(codes, bits, widths=tuple(config.widths), group=codec.group)
+              for codes, bits in zip(layers, candidate.plan.bits, strict=True)]
+    meta = {"plan": candidate.plan.as_json(), "codec": str(codec), "source": subject.digest}
+    native.save(run.path / f"quantized-{candidate.file_name()}", packed, subject.others, subject.files(), meta)
+
+
+def describe(config: ml_collections.ConfigDict, subject: workspace.Subject, text: workspace.Text,
+             stats: artifacts.Stats, damage: damage_lib.Damage | None, evidence: scores.Evidence,
+             found: Sequence[Candidate]) -> dict[str, Any]:
+  """What the report needs beside the rows: `report.json` (see `report/page.py`)."""
+  unrouted = stats.unrouted()
+  load = stats.tokens / stats.tokens.mean(axis=1, keepdims=True)
+  shown = {spec: scores.sensitivity(spec, evidence).tolist() for spec in config.scores}
+  return {
+      "title": f"{subject.directory.name}: {codecs.get(config.codec)}",
+      "command": f"./launch.sh run --config=configs/{config.name}.py --workdir=DIR",
+      "versions": runs.versions(),
+      "config_hash": config_hash(config),
+      "model": {
+          "name": subject.directory.name, "layers": subject.shape[0], "experts": subject.shape[1],
+          "top_k": subject.config.num_experts_per_tok, "hidden size": subject.config.hidden_size,
+          "expert ffn size": subject.config.intermediate_size, "sha256": subject.digest[:16],
+      },
+      "stages": [
+          f"Calibration: {stats.total_tokens} tokens of training text in {stats.batches} batches, one forward and one"
+          " backward pass.",
+          f"Encoding: {codecs.get(config.codec)} at {', '.join(map(str, config.widths))} bits, every expert at every"
+          " width once.",
+          f"Evaluation: {sum(b.size for b in text.evaluation)} held-out tokens"
+          f" ({', '.join(sorted(text.tokens_per_byte))}, equal shares), from the packed buffers, in"
+          f" {config.compute_dtype}.",
+          *([f"Damage: every expert alone at {damage.bits} bits on {damage.tokens} other held-out tokens."]
+            if damage else []),
+      ],
+      "policies": [
+          "Routers, norms, attention and embeddings stay in bfloat16; every expert weight is quantized (100%).",
+          "An expert without calibration tokens gets its layer's mean second moments; its weights are never zeroed.",
+          f"Coefficient of variation of expert load: {', '.join(f'{c:.2f}' for c in load.std(axis=1))} by layer.",
+      ],
+      "warnings": [f"layer {l}, expert {e} saw no calibration token" for l, e in unrouted],
+      "widths": list(config.widths),
+      "plans": [{"method": c.plan.method, "budget": c.plan.budget, "bits": c.plan.bits.tolist()} for c in found
+                if not c.draw],
+      "scores": shown,
+      "damage": None if damage is None else {"mean": damage.mean.tolist(), "stderr": damage.stderr.tolist(),
+                                             "bits": damage.bits, "tokens": damage.tokens},
+  }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def config_hash(config: ml_collections.ConfigDict) -> str:
+  """The digest of a config, as rows and report carry it."""
+  return artifacts.digest(runs.plain(config))
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+  """Looks for mistakes in the config, so that they are not found after minutes of work.
+
+  Raises:
+    ValueError: names the field and the remedy.
+  """
+  codecs.get(config.codec)
+  methods.check(config.methods, config.budgets, tuple(config.widths))
+  named = [*config.scores, *filter(None, map(methods.score_of, config.methods))]
+  scores.check(named)
+  workspace.check_text(config)
+  if config.damage.sequences and config.damage.bits not in config.widths:
+    raise ValueError(f"config.damage.bits={config.damage.bits} is not one of config.widths={tuple(config.widths)}")
+  if not config.damage.sequences and any(registry.parse(spec).name == "damage" for spec in named):
+    raise ValueError("score damage: config.damage.sequences is 0; ask for some, or leave the methods with damage out")
+
+
+def compare(config: ml_collections.ConfigDict, workdir: Path) -> None:
+  """Quantizes one checkpoint by every method at every budget, measures what each plan costs, and writes the report.
+
+  Args:
+    config: see `configs/quickstart.py`.
+    workdir: where everything goes (docs/design.md, section 4).
+
+  Raises:
+    ValueError: a mistake in the config or the checkpoint; names field, file or tensor and the remedy.
+  """
+  check(config)
+  run, codec, widths = workspace.Workdir(workdir), codecs.get(config.codec), tuple(config.widths)
+  with run.timed("open"):
+    subject = workspace.open_checkpoint(config.checkpoint, config.compute_dtype)
+    text = workspace.read_text(config, subject.tokenizer)
+  with run.timed("calibrate"):
+    stats = calibrate(run, subject, text)
+  with run.timed("encode"):
+    layers, errors, codes_key = encode(run, subject, stats, codec, widths)
+  with run.timed("damage"):
+    damage = measure_damage(run, subject, text, layers, errors, config.damage.bits, codes_key)
+  experts = [subject.functions.experts(block) for block in subject.blocks]
+  evidence = scores.Evidence(stats, errors, subject.routers, subject.routers_init, experts,
+                             damage.mean if damage else None, config.damage.bits)
+  with run.timed("allocate"):
+    found = allocate(run, subject, evidence, config)
+  with run.timed("evaluate"):
+    rows = measure(run, subject, text, layers, codec, found, config, codes_key)
+  with run.timed("export"):
+    export(run, subject, layers, codec, found, config)
+  with run.timed("report"):
+    summary = describe(config, subject, text, stats, damage, evidence, found)
+    artifacts.write_json(workdir / "report.json", summary)
+    page = report.write(workdir)
+  console = rich_console.Console()
+  report.terminal(rows, console)
+  console.print(f"report: {page}")
