@@ -16,7 +16,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   """The config; `arg` may hold `smoke` and `score=NAME`."""
   arg = common.parse_arg(arg, smoke=False, score="")
   config = ml_collections.ConfigDict()
-  config.name = "quickstart"
+  config.file = "configs/quickstart.py"  # the report names it in the command that remakes it
   config.task = "compare"
   config.seed = 0
   config.checkpoint = "experiments/models/moeq-small"
@@ -34,6 +34,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
       "tiers(frequency)",
       "knapsack(weight_mse)",
       "knapsack(router_grad_error)",
+      "knapsack(output_error)",
       "knapsack(fisher_error)",
       "knapsack(damage)",
   )

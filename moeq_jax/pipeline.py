@@ -55,6 +55,8 @@ def encode(run: workspace.Workdir, subject: workspace.Subject, stats: artifacts.
   inputs = {"model": subject.digest, "stats": artifacts.digest_of(stats)}
   key = artifacts.key("codes", VERSIONS["codes"], {"codec": str(codec), "widths": list(widths)}, inputs)
   ready = candidates.shrink_unrouted(stats)
+  for layer, expert in stats.unrouted():
+    log.warning("layer %d, expert %d saw no calibration token: its layer's mean second moments are used", layer, expert)
   layers = []
   with progress.bar("encode", len(subject.blocks)) as advance:
     for layer, block in enumerate(subject.blocks):
@@ -189,7 +191,7 @@ def export(run: workspace.Workdir, subject: workspace.Subject, layers: Sequence[
   wanted = [(registry.canonical(method), budget) for method, budget in config.export]
   for method, budget in wanted:
     if not any((c.plan.method, c.plan.budget) == (method, budget) for c in found):
-      log.warning("config.export: %s at %s bits is not among this run's plans: nothing is written for it", method, budget)
+      log.warning("config.export: this run has no plan %s at %s bits; nothing is written for it", method, budget)
   for candidate in found:
     if (candidate.plan.method, candidate.plan.budget) not in wanted:
       continue
@@ -208,7 +210,7 @@ def describe(config: ml_collections.ConfigDict, subject: workspace.Subject, text
   shown = {spec: scores.sensitivity(spec, evidence).tolist() for spec in config.scores}
   return {
       "title": f"{subject.directory.name}: {codecs.get(config.codec)}",
-      "command": f"./launch.sh run --config=configs/{config.name}.py --workdir=DIR",
+      "command": runs.command(config),
       "versions": runs.versions(),
       "config_hash": config_hash(config),
       "model": {

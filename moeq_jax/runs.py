@@ -16,6 +16,7 @@ import json
 import logging
 import platform
 import re
+import shlex
 import subprocess
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -147,6 +148,21 @@ def differences(old: Any, new: Any, field: str = "config") -> list[str]:
   return [] if old == new else [f"{field}: {old!r} there, {new!r} asked for"]
 
 
+def command(config: config_dict.ConfigDict) -> str:
+  """The command that makes a run of `config` again: its file and every field that differs from the file's default."""
+  default = _leaves(load_config(config.file).to_dict())
+  changed = {name: value for name, value in _leaves(config.to_dict()).items() if default.get(name, ...) != value}
+  overrides = [shlex.quote(f"--config.{name}={value}") for name, value in changed.items()]
+  return " ".join(["./launch.sh run", f"--config={config.file}", *overrides, "--workdir=DIR"])
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  found = {}
+  for name, value in values.items():
+    found |= _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+  return found
+
+
 def versions() -> dict[str, str | None]:
   """What a run runs on: versions of Python, of the numerical packages and of this project, and its git commit."""
   project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -166,7 +182,8 @@ def _commit() -> str | None:
 
 
 def prepare(config: config_dict.ConfigDict, workdir: Path) -> None:
-  """Makes `workdir` the place of this config: `config.json` and `versions.json`, both written atomically.
+  """Makes `workdir` the place of this config: `config.json` and `versions.json`, both written atomically; what a killed
+  run left half written is removed.
 
   Raises:
     UsageError: the directory holds the run of another config (nothing in it is touched), or is no directory.
@@ -181,6 +198,7 @@ def prepare(config: config_dict.ConfigDict, workdir: Path) -> None:
                        f"\nchoose another --workdir, or delete {workdir} to begin anew")
   else:
     artifacts.write_json(saved, new)
+  artifacts.remove_partial(workdir)
   artifacts.write_json(workdir / "versions.json", versions())
 
 

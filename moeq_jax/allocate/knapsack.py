@@ -61,10 +61,10 @@ class Solution:
 def solve(cost: Any, weight: Any, budget: int | float) -> Solution:
   """Chooses one column per unit at least total cost within the budget.
 
-  Integer weights, and real ones that are multiples of a common power of two such as 2.25, are solved exactly. With other
-  real weights the result is the Lagrangian solution improved by one dynamic program over the units nearest to a tie:
-  feasible and close to the optimum, not proven optimal; `bound` is valid there too. Equal inputs give equal outputs;
-  among choices that are equal at the price the lighter one and then the unit of lower index comes first.
+  Integer weights, and real ones that are multiples of a common power of two such as 2.25, are solved exactly. With
+  other real weights the result is the Lagrangian solution improved by one dynamic program over the units nearest to a
+  tie: feasible and close to the optimum, not proven optimal; `bound` is valid there too. Equal inputs give equal
+  outputs; of units that tie at the price, those of lower index get the heavier choice first.
 
   Args:
     cost: `[U, B]` finite numbers of any sign and scale, not necessarily monotone or convex in the weight.

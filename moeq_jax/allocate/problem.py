@@ -83,7 +83,8 @@ def build(table: artifacts.CostTable, average: float, sizes: int | np.ndarray) -
     sizes: weights of each unit, `[U]`, or one number for equal units.
 
   Raises:
-    ValueError: an impossible budget, a cost that is not finite (names score, unit and width), or shapes that do not fit.
+    ValueError: an impossible budget, a cost that is not finite (names score, unit and width), or shapes that do not
+      fit.
   """
   check_budget(average, table.widths)
   if table.cost.ndim != 2 or table.cost.shape[1] != len(table.widths):
@@ -113,7 +114,8 @@ def plan(
   """
   instance = build(table, average, sizes)
   if len(instance.cost) != math.prod(shape):
-    raise ValueError(f"cost table {table.score} has {len(instance.cost)} units, not {shape[0]} layers x {shape[1]} experts")
+    raise ValueError(f"cost table {table.score} has {len(instance.cost)} units, not {shape[0]} layers x {shape[1]} "
+                     "experts")
   solution = knapsack.solve(*instance)
   bits = np.array(table.widths, np.int64)[solution.choice].reshape(shape)
   return artifacts.Plan(bits, method or f"knapsack({table.score})", average, solution.value, solution.bound)

@@ -139,7 +139,7 @@ class _Core:
     if rows * states > _LARGEST_TABLE:
       raise SearchLimitError(
         f"proving the optimum needs more than {_LARGEST_TABLE // rows} states for {count} units; give the weights in a "
-        "coarser unit, or multiplied by pi for an approximation with a bound")
+        "coarser unit, rounded up")
     padding = (0, rows - count), (0, 0)
     cost, weight = np.pad(self.cost, padding), np.pad(self.weight, padding)
     base = np.pad(dual.base[self.units], padding[0])

@@ -1,12 +1,12 @@
-"""The per-layer rule of "router norm change + MaxVar" (arXiv 2604.06515), in the paper's and in the official code's form.
+"""The per-layer rule of "router norm change + MaxVar" (arXiv 2604.06515), as in the paper and as in its official code.
 
 Every layer gets the same counts. Experts are ranked, those at the top of the list get the high bit-width, and experts
 with a very wide weight distribution are moved up. The variants differ as follows:
 
   counts   three levels, averages between `high - 2D/3` and `high - D/3` (D = high - low): the paper asks for no more
            low than middle experts, the code stops promoting by another condition and may break that
-  rerank   paper: at least zeta times, repeated until stable; code: more than zeta times, one pass from the bottom of the
-           list, after which several promoted experts stand in reversed order
+  rerank   paper: at least zeta times, repeated until stable; code: more than zeta times, one pass from the bottom of
+           the list, after which several promoted experts stand in reversed order
 """
 
 from collections.abc import Sequence
@@ -40,9 +40,10 @@ def rerank(order: np.ndarray, maxvar: np.ndarray, zeta: float = 3.0, variant: Va
   """Moves experts of much larger MaxVar above those of smaller MaxVar.
 
   Paper (its re-ranking step): a lower-ranked expert whose MaxVar is at least zeta times that of a higher-ranked one is
-  moved above it, until no such pair is left. Inserting expert after expert, each above the first one that it has to pass,
-  ends there and keeps the order of experts that are moved to the same place. Code: for each expert from the bottom of
-  the original list to its top, the first place whose MaxVar is less than 1/zeta of its own. Both leave no violated pair.
+  moved above it, until no such pair is left. Inserting expert after expert, each above the first one that it has to
+  pass, ends there and keeps the order of experts that are moved to the same place. Code: each expert, from the bottom
+  of the original list to its top, is moved to the first place whose MaxVar is less than 1/zeta of its own, if that is
+  above it. Both leave no violated pair.
 
   Args:
     order: `[E]`, experts from the first to get high precision to the last.
@@ -115,7 +116,7 @@ def counts_three(
   elif average < high - 2 * spread:
     turned = 0
   else:
-    turned = max(0, (mids - lows) // 3) if variant == "paper" else mids // 3
+    turned = (mids - lows) // 3 if variant == "paper" else mids // 3
   return lows + turned, mids - 2 * turned, highs + turned
 
 
@@ -136,7 +137,8 @@ def assign(orders: np.ndarray, counts: Sequence[int], levels: Sequence[int]) -> 
   orders = np.asarray(orders)
   _check_orders(orders, orders.shape[1])
   if len(counts) != len(levels) or len(set(levels)) != len(levels) or min(counts) < 0:
-    raise ValueError(f"counts {tuple(counts)} and levels {tuple(levels)} must be one count for each of different levels")
+    raise ValueError(f"counts {tuple(counts)}, levels {tuple(levels)}: there must be one count for each of different "
+                     "levels")
   if sum(counts) != orders.shape[1]:
     raise ValueError(f"counts {tuple(counts)} sum to {sum(counts)}, but a layer has {orders.shape[1]} experts")
   ranked = sorted(zip(levels, counts, strict=True), reverse=True)

@@ -78,7 +78,7 @@ def small_instances(draw):
   return cost, weight, draw(st.integers(least, most + 1))
 
 
-@hypothesis.settings(max_examples=200)
+@hypothesis.settings(max_examples=120)
 @hypothesis.given(small_instances())
 def test_equals_brute_force(problem):
   cost, weight, budget = problem
@@ -90,7 +90,8 @@ def test_equals_brute_force(problem):
 
 
 @pytest.mark.parametrize("sizes", [(1,), (2, 2, 7), (3, 50, 4096), tuple(range(1001, 1401, 7)), (1,) * 19 + (40,)])
-@pytest.mark.parametrize("widths, average", [((1, 2, 3, 4), 2.5), ((1, 2, 4, 8), 1.3), ((2, 3), 2.71), ((0, 1, 3), 2.0)])
+@pytest.mark.parametrize("widths, average", [
+    ((1, 2, 3, 4), 2.5), ((1, 2, 4, 8), 1.3), ((2, 3), 2.71), ((0, 1, 3), 2.0)])
 def test_equals_highs(sizes, widths, average):
   for units, seed in ((60, 0), (120, 1)):
     problem = instance(units, widths, average, sizes, seed)
@@ -117,13 +118,23 @@ def test_costs_need_not_fall_with_the_weight():
     assert solution.value == pytest.approx(plain_program(cost, weight, int(budget)), rel=1e-12)
 
 
-@pytest.mark.parametrize("costs", [[1.0, 0.9, 0.2, 0.1], [1.0, 1.0, 0.25, 0.25], [1.0, 0.5, 0.0, 0.0], [8.0, 4.0, 2.0, 1.0]])
+@pytest.mark.parametrize("costs", [
+    [1.0, 0.9, 0.2, 0.1], [1.0, 1.0, 0.25, 0.25], [1.0, 0.5, 0.0, 0.0], [8.0, 4.0, 2.0, 1.0]])
 def test_equal_units(costs):
   cost, weight = np.tile(costs, (300, 1)), np.tile([1, 2, 4, 7], (300, 1))
   for budget in range(900, 907):
     solution = knapsack.solve(cost, weight, budget)
     check(cost, weight, budget, solution)
     assert solution.value == pytest.approx(plain_program(cost, weight, budget), rel=1e-12)
+
+
+def test_equal_units_of_which_many_must_change():
+  """Whole steps of 7 leave a slack of up to 6, which as many units fill by a step of 1."""
+  cost, weight = np.tile([7.0, 6.5, 0.0], (100, 1)), np.tile([0, 1, 7], (100, 1))
+  for slack in range(7):
+    solution = knapsack.solve(cost, weight, 350 + slack)
+    assert np.bincount(solution.choice).tolist() == [50 - slack, slack, 50]
+    assert solution.value == pytest.approx(plain_program(cost, weight, 350 + slack), rel=1e-12)
 
 
 def test_units_that_all_tie_at_one_price():
@@ -137,7 +148,7 @@ def test_units_that_all_tie_at_one_price():
 
 
 def test_widening_a_core_and_list_that_are_too_narrow_leads_to_the_optimum(monkeypatch):
-  monkeypatch.setattr(search, "_FIRST_UNITS", 8)
+  monkeypatch.setattr(search, "_FIRST_UNITS", 16)
   monkeypatch.setattr(search, "_FIRST_STATES", 4)
   for seed in range(6):
     problem = instance(80, sizes=(5, 8, 13, 31), seed=seed, noise=1.0)

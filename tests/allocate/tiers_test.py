@@ -65,6 +65,12 @@ def test_three_levels_are_what_the_paper_s_text_asks_for(k, low, mid, high):
       assert tiers.counts_three(k, average, low, mid, high) == expected
 
 
+def test_the_middle_region_holds_its_borders():
+  assert tiers.counts_three(6, 5.0, 1, 4, 7) == tiers.counts_three(6, 5.0, 1, 4, 7, variant="code") == (1, 2, 3)
+  assert tiers.counts_three(6, 3.0, 1, 4, 7) == (2, 4, 0)
+  assert tiers.counts_three(6, 3.0, 1, 4, 7, variant="code") == (3, 2, 1)
+
+
 @pytest.mark.parametrize("k", [8, 16, 64])
 def test_the_average_is_met_where_it_can_be(k):
   for total in range(2 * k + 1):
@@ -78,7 +84,8 @@ def test_the_average_is_met_where_it_can_be(k):
       assert sum(counts) == k and np.dot(counts, (1, 2)) == average * k
 
 
-@pytest.mark.parametrize("share, high", [(0.5, 0), (1.5, 2), (2.5, 2), (3.5, 4), (0.51, 1), (2.49, 2), (0.0, 0), (8.0, 8)])
+@pytest.mark.parametrize("share, high", [
+    (0.5, 0), (1.5, 2), (2.5, 2), (3.5, 4), (0.51, 1), (2.49, 2), (0.0, 0), (8.0, 8)])
 def test_half_an_expert_is_rounded_to_even(share, high):
   assert tiers.counts_two(8, 1 + share / 8, 1, 2) == (8 - high, high)
 
@@ -169,7 +176,7 @@ def test_one_pass_leaves_no_violated_pair_and_repeating_it_changes_nothing(seed,
 
 @hypothesis.given(st.integers(0, 2**32))
 def test_the_paper_s_re_ranking_is_its_text_repeated_until_stable(seed):
-  """Literally: while some expert has to pass a higher one, move the first such expert above the first it has to pass."""
+  """While some expert has to pass a higher one, the first such expert is moved above the first that it has to pass."""
   random = np.random.default_rng(seed)
   order, maxvar = random.permutation(8), np.exp(random.normal(0, 1, 8))
   ranked = order.tolist()
