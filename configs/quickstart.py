@@ -3,8 +3,8 @@
 Command:   ./launch.sh            (which is ./launch.sh quickstart)
 Hardware:  2 CPU cores, 3 GiB
 Expected:  under 5 minutes; runs/quickstart/report.html
-Options:   --config.checkpoint=DIR takes another checkpoint; --config=configs/quickstart.py:score=NAME adds a score to the
-           report and the knapsack on it to the methods; `:smoke` is the fewest plans and tokens, for a minute.
+Options:   --config.checkpoint=DIR takes another checkpoint; --config=configs/quickstart.py:score=NAME adds a score to
+           the report and the knapsack on it to the methods; `:smoke` is the fewest plans and tokens, for a minute.
 """
 
 import ml_collections

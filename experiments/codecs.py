@@ -1,7 +1,7 @@
 """Does the choice of codec and group change which allocation wins?
 
-Claim under test: the knapsack on measured errors beats uniform widths under every codec, and a better codec (GPTQ) leaves it
-less to win.
+Claim under test: the knapsack on measured errors beats uniform widths under every codec, and a better codec (GPTQ)
+leaves it less to win.
 
 Command:   ./launch.sh sweep --config=experiments/codecs.py --workdir=runs/codecs
 Hardware:  2 CPU cores, 3 GiB

@@ -1,4 +1,7 @@
-"""Mixed-precision quantization of Mixture-of-Experts models in JAX. The public names; modules are loaded on first use."""
+"""Mixed-precision quantization of Mixture-of-Experts models in JAX.
+
+The public names; modules are loaded on first use.
+"""
 
 import importlib
 from typing import Any

@@ -38,20 +38,33 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
   """Yields a temporary path beside `path`; on a clean exit the file is synced and renamed to `path`.
 
   A process killed at any moment leaves either the old file or the new one, never a part of it.
+
+  Raises:
+    OSError: the file cannot be written; names it.
   """
-  path = Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-  os.close(handle)
-  temporary = Path(name)
+  path, temporary = Path(path), None
   try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
     yield temporary
     with temporary.open("rb") as file:
       os.fsync(file.fileno())
     temporary.chmod(0o644)
     os.replace(temporary, path)
+  except OSError as error:
+    reason = f"cannot be written ({error.strerror or error}); make room, or choose another directory"
+    raise OSError(error.errno, reason, str(path)) from error
   finally:
-    temporary.unlink(missing_ok=True)
+    if temporary:
+      temporary.unlink(missing_ok=True)
+
+
+def remove_partial(directory: Path) -> None:
+  """Removes the temporary files that killed processes left in `directory` and below; nobody else may write there."""
+  for path in directory.rglob(".*.????????.partial"):
+    path.unlink(missing_ok=True)
 
 
 def write_bytes(path: str | os.PathLike, data: bytes) -> None:
@@ -122,8 +135,8 @@ def save_arrays(path: str | os.PathLike, arrays: Mapping[str, np.ndarray], meta:
 
 def load_arrays(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
   """Reads what `save_arrays` wrote: `(arrays, metadata)`."""
-  with np.load(path, allow_pickle=False) as file:
-    arrays = {name: file[name] for name in file.files}
+  with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:  # np.load alone leaves a damaged file open
+    arrays = {name: archive[name] for name in archive.files}
   return arrays, json.loads(arrays.pop("__meta__").tobytes())
 
 

@@ -11,6 +11,7 @@ class Checkpoints:
   """Checkpoints of a pytree of arrays in one directory, the newest `keep` of them."""
 
   def __init__(self, directory: Path, *, keep: int = 2):
+    self._directory = directory
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False, create=True)
     self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
 
@@ -20,12 +21,20 @@ class Checkpoints:
     self._manager.wait_until_finished()
 
   def restore(self, like: Any) -> tuple[int, Any]:
-    """The newest committed `(step, state)`, in the structure, shapes and dtypes of `like`; `(0, like)` if none is."""
+    """The newest committed `(step, state)`, in the structure, shapes and dtypes of `like`; `(0, like)` if none is.
+
+    Raises:
+      ValueError: the state is damaged, or has another structure or other shapes than `like`; names its directory.
+    """
     step = self._manager.latest_step()
     if step is None:
       return 0, like
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, jax.tree.leaves(like))
-    leaves = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+    try:
+      leaves = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+    except (ValueError, OSError) as error:
+      raise ValueError(f"{self._directory / str(step)}: damaged, or of another model or optimizer; delete it to go "
+                       f"on from the one before, or choose another work directory ({str(error)[:300]})") from error
     return step, jax.tree.unflatten(jax.tree.structure(like), leaves)
 
   def close(self) -> None:

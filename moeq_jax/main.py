@@ -15,7 +15,7 @@ from absl import flags
 
 from moeq_jax import artifacts, registry, runs
 
-USER_ERRORS = (ValueError, FileNotFoundError, artifacts.StaleProductError, flags.Error)
+USER_ERRORS = (ValueError, OSError, FloatingPointError, artifacts.StaleProductError, flags.Error)
 HELP = ("--help", "-help", "-h", "help")
 BENCHES = Path(__file__).parent / "bench"
 

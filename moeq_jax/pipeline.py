@@ -7,7 +7,7 @@ killed goes on from its last product and ends with the same bytes as an undistur
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,7 @@ def allocate(run: workspace.Workdir, subject: workspace.Subject, evidence: score
              config: ml_collections.ConfigDict) -> list[Candidate]:
   """Every method at every budget, kept as `costs-*.npz` and `plan-*.json`.
 
-  Plans take no time worth saving, so they are always made, and written only where they differ.
+  Plans take no time worth saving, so they are always made and written again.
   """
   inputs = methods.Inputs(
       widths=tuple(config.widths),
@@ -167,9 +167,9 @@ def measure(run: workspace.Workdir, subject: workspace.Subject, text: workspace.
                       {"codes": codes_key, "text": text.digest})
   stamp = {"seed": config.seed, "config_hash": config_hash(config), "key": key}
   plans = {"full": None} | {candidate.file_name(): artifacts.digest(candidate.plan.bits) for candidate in found}
+  wanted = [{"id": name, "plan": plan} | stamp for name, plan in plans.items()]
   done = {row["id"]: row for row in results.read(path)}
-  known = {row["id"]: {name: row.get(name) for name in ("plan", *stamp)} for row in done.values()}
-  if list(known.items()) != [(name, {"plan": plan} | stamp) for name, plan in plans.items()][: len(known)]:
+  if [{field: row.get(field) for field in wanted[0]} for row in done.values()] != wanted[: len(done)]:
     log.warning("rows.jsonl was made from something else: measuring again")
     path.unlink()
     done = {}
@@ -202,12 +202,11 @@ def export(run: workspace.Workdir, subject: workspace.Subject, layers: Sequence[
 
 
 def describe(config: ml_collections.ConfigDict, subject: workspace.Subject, text: workspace.Text,
-             stats: artifacts.Stats, damage: damage_lib.Damage | None, evidence: scores.Evidence,
+             stats: artifacts.Stats, damage: damage_lib.Damage | None, shown: Mapping[str, Sequence[Any]],
              found: Sequence[Candidate]) -> dict[str, Any]:
   """What the report needs beside the rows: `report.json` (see `report/page.py`)."""
   unrouted = stats.unrouted()
   load = stats.tokens / stats.tokens.mean(axis=1, keepdims=True)
-  shown = {spec: scores.sensitivity(spec, evidence).tolist() for spec in config.scores}
   return {
       "title": f"{subject.directory.name}: {codecs.get(config.codec)}",
       "command": runs.command(config),
@@ -238,7 +237,7 @@ def describe(config: ml_collections.ConfigDict, subject: workspace.Subject, text
       "widths": list(config.widths),
       "plans": [{"method": c.plan.method, "budget": c.plan.budget, "bits": c.plan.bits.tolist()} for c in found
                 if not c.draw],
-      "scores": shown,
+      "scores": dict(shown),
       "damage": None if damage is None else {"mean": damage.mean.tolist(), "stderr": damage.stderr.tolist(),
                                              "bits": damage.bits, "tokens": damage.tokens},
   }
@@ -254,21 +253,40 @@ def config_hash(config: ml_collections.ConfigDict) -> str:
   return artifacts.digest(runs.plain(config))
 
 
+def score_names(config: ml_collections.ConfigDict) -> list[str]:
+  """The specs of all scores that a config asks for, by themselves or in a method."""
+  return [*config.scores, *filter(None, map(methods.score_of, config.methods))]
+
+
 def check(config: ml_collections.ConfigDict) -> None:
   """Looks for mistakes in the config, so that they are not found after minutes of work.
 
   Raises:
     ValueError: names the field and the remedy.
   """
+  if config.compute_dtype not in ("float32", "bfloat16"):
+    raise ValueError(f"config.compute_dtype={config.compute_dtype!r}: it is 'float32' or 'bfloat16'")
+  if config.draws < 1 or config.seed < 0:
+    raise ValueError(f"config.draws={config.draws}, config.seed={config.seed}: draws are at least 1, a seed at least 0")
+  if not all(isinstance(entry, tuple | list) and len(entry) == 2 for entry in config.export):
+    raise ValueError(f"config.export={config.export}: pairs of a method and a budget, for example (('uniform', 2.0),)")
   codecs.get(config.codec)
   methods.check(config.methods, config.budgets, tuple(config.widths))
-  named = [*config.scores, *filter(None, map(methods.score_of, config.methods))]
+  named = score_names(config)
   scores.check(named)
   workspace.check_text(config)
   if config.damage.sequences and config.damage.bits not in config.widths:
     raise ValueError(f"config.damage.bits={config.damage.bits} is not one of config.widths={tuple(config.widths)}")
   if not config.damage.sequences and any(registry.parse(spec).name == "damage" for spec in named):
     raise ValueError("score damage: config.damage.sequences is 0; ask for some, or leave the methods with damage out")
+
+
+def check_routers(config: ml_collections.ConfigDict, subject: workspace.Subject) -> None:
+  """Raises `ValueError` where a score needs the routers before training and the checkpoint lacks them."""
+  if subject.routers_init is None and any(registry.parse(s).name == "router_norm_change" for s in score_names(config)):
+    raise ValueError(f"{subject.directory}: score router_norm_change needs router_init.safetensors (the routers before"
+                     " training) there; without it leave this score out of config.scores and config.methods, or take"
+                     " router_norm")
 
 
 def compare(config: ml_collections.ConfigDict, workdir: Path) -> None:
@@ -285,6 +303,7 @@ def compare(config: ml_collections.ConfigDict, workdir: Path) -> None:
   run, codec, widths = workspace.Workdir(workdir), codecs.get(config.codec), tuple(config.widths)
   with run.timed("open"):
     subject = workspace.open_checkpoint(config.checkpoint, config.compute_dtype)
+    check_routers(config, subject)
     text = workspace.read_text(config, subject.tokenizer)
   with run.timed("calibrate"):
     stats = calibrate(run, subject, text)
@@ -296,13 +315,14 @@ def compare(config: ml_collections.ConfigDict, workdir: Path) -> None:
   evidence = scores.Evidence(stats, errors, subject.routers, subject.routers_init, experts,
                              damage.mean if damage else None, config.damage.bits)
   with run.timed("allocate"):
+    shown = {spec: scores.sensitivity(spec, evidence).tolist() for spec in config.scores}
     found = allocate(run, subject, evidence, config)
   with run.timed("evaluate"):
     rows = measure(run, subject, text, layers, codec, found, config, codes_key)
   with run.timed("export"):
     export(run, subject, layers, codec, found, config)
   with run.timed("report"):
-    summary = describe(config, subject, text, stats, damage, evidence, found)
+    summary = describe(config, subject, text, stats, damage, shown, found)
     artifacts.write_json(workdir / "report.json", summary)
     page = report.write(workdir)
   console = rich_console.Console()

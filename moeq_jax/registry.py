@@ -172,7 +172,7 @@ class Registry:
       UnknownNameError: no such entry; the message lists all and the nearest.
       ArgumentError: arguments that the entry does not take; the message lists its options.
     """
-    spec = parse(spec) if isinstance(spec, str) else spec
+    spec = spec if isinstance(spec, Spec) else parse(spec)
     if spec.name not in self._entries:
       raise UnknownNameError(f"unknown {self.kind} {spec.name!r}{did_you_mean(spec.name, self._entries)} "
                              f"({self.kind}s: {', '.join(self.names())})")

@@ -30,6 +30,7 @@ from ml_collections import config_dict, config_flags
 from moeq_jax import artifacts, registry
 
 ROOT = Path(__file__).resolve().parents[1]
+NOTES = {"config.json", "versions.json", "log.txt", "timings.jsonl"}  # what a run writes beside its products
 PACKAGES = ("jax", "jaxlib", "numpy", "flax")
 
 
@@ -186,13 +187,13 @@ def prepare(config: config_dict.ConfigDict, workdir: Path) -> None:
   run left half written is removed.
 
   Raises:
-    UsageError: the directory holds the run of another config (nothing in it is touched), or is no directory.
+    UsageError: the directory holds products of another config (nothing in it is touched), or is no directory.
   """
   if workdir.exists() and not workdir.is_dir():
     raise UsageError(f"{workdir} is a file; choose another --workdir")
   saved, new = workdir / "config.json", plain(config)
-  if saved.exists():
-    changed = differences(json.loads(saved.read_text(encoding="utf-8")), new)
+  if saved.exists() and not _has_made_nothing(workdir):
+    changed = differences(_read(saved), new)
     if changed:
       raise UsageError(f"{workdir} holds a run of another config:\n  " + "\n  ".join(changed) +
                        f"\nchoose another --workdir, or delete {workdir} to begin anew")
@@ -200,6 +201,19 @@ def prepare(config: config_dict.ConfigDict, workdir: Path) -> None:
     artifacts.write_json(saved, new)
   artifacts.remove_partial(workdir)
   artifacts.write_json(workdir / "versions.json", versions())
+
+
+def _has_made_nothing(workdir: Path) -> bool:
+  """Whether a run failed there before its first product, as one with a mistake in its config does."""
+  found = {path.name for path in workdir.iterdir()}
+  return found.issuperset({"config.json", "versions.json"}) and found.issubset(NOTES)
+
+
+def _read(path: Path) -> Any:
+  try:
+    return json.loads(path.read_bytes())
+  except ValueError as error:
+    raise UsageError(f"{path}: not JSON ({error}); choose another --workdir, or delete the file") from None
 
 
 def execute(config: config_dict.ConfigDict, workdir: Path) -> None:

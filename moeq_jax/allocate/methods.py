@@ -9,6 +9,7 @@ Scores and costs arrive as functions of the score's spec, because stages do not 
 """
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -122,6 +123,8 @@ def _tiers(score: str, budget: float, inputs: Inputs, *, levels: int = 2, varian
   """The rule of arXiv 2604.06515. `zeta=0` leaves the MaxVar re-ranking out; `reverse` turns the score around."""
   if variant not in MAX_VAR:
     raise ValueError(f"tiers: unknown variant {variant!r}; it is one of {', '.join(map(repr, MAX_VAR))}")
+  if not isinstance(zeta, int | float):
+    raise ValueError(f"tiers: zeta={zeta!r} is no number; it is 0 or at least 1")
   counts = tier_counts(budget, inputs.widths, inputs.shape[1], levels, variant)
   sensitivity = inputs.sensitivity(score) * (-1 if reverse else 1)
   orders = tiers.order(sensitivity, descending=True)
@@ -153,18 +156,20 @@ def check(specs: Sequence[str], budgets: Sequence[float], widths: Sequence[int])
   """Looks for mistakes before anything is computed.
 
   Raises:
-    ValueError: an unknown method or option, a score that is missing, widths that no codec has, or a budget that a
-      method cannot meet with these widths.
+    ValueError: no method or no budget, an unknown method or option, a score that is missing, widths that no codec has,
+      or a budget that a method cannot meet with these widths.
   """
+  if not specs or not budgets:
+    raise ValueError(f"config.methods={tuple(specs)}, config.budgets={tuple(budgets)}: at least one of each is needed")
   if unknown := sorted(set(widths) - set(codecs.WIDTHS)):
     raise ValueError(f"config.widths={tuple(widths)}: no codec encodes {unknown} bits; choose from {codecs.WIDTHS}")
   for budget in budgets:
     problem.check_budget(budget, widths)
+  free = functools.partial(artifacts.CostTable, np.zeros((2, len(widths))), tuple(widths), units="arbitrary")
+  rehearsal = Inputs(tuple(widths), (1, 2), 1, cost=free, sensitivity=lambda score: np.zeros((1, 2)), draws=1, seed=0)
   for spec in specs:
-    _bound(spec)
-    parsed = registry.parse(spec)
-    for budget in budgets if parsed.name in ("random", "tiers") else ():
-      tier_counts(budget, widths, 2, parsed.kwargs.get("levels", 2))
+    for budget in budgets:
+      candidates(spec, budget, rehearsal)
 
 
 def _bound(spec: str) -> Callable[[float, Inputs], list[Candidate]]:

@@ -66,6 +66,8 @@ def check_budget(average: float, widths: Sequence[int]) -> None:
   """
   if not widths or list(widths) != sorted(set(widths)) or min(widths) < 0:
     raise ValueError(f"the candidate widths {tuple(widths)} must be different bit numbers in ascending order")
+  if not isinstance(average, int | float):
+    raise ValueError(f"the budget {average!r} is no number; it is an average of bits per weight, for example 2.5")
   if average < widths[0]:
     raise ValueError(f"widths {tuple(widths)} have no solution at {average} bits per weight: the possible range is "
                      f"[{widths[0]}, {widths[-1]}]; raise the budget or add a width of at most {average} bits")

@@ -78,6 +78,16 @@ def update(functions: Any, block: Any, sums: dict[str, jax.Array], h: jax.Array,
 
 
 @functools.partial(jax.jit, static_argnums=0)
+def _embed(functions: Any, top: Any, tokens: jax.Array) -> jax.Array:
+  return functions.embed(top, tokens)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _block(functions: Any, block: Any, h: jax.Array) -> jax.Array:
+  return functions.block(block, h)[0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def _head(functions: Any, top: Any, h: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
   """The summed token loss and its derivative with respect to the last block's output."""
   return jax.value_and_grad(lambda h: jnp.sum(functions.losses(functions.head(top, h), tokens)))(h)
@@ -126,12 +136,11 @@ def collect(functions: Any, top: Any, blocks: Sequence[Any], batches: Sequence[n
   """
   if not batches:
     raise ValueError("calibration needs at least one batch of tokens")
-  embed, block_fn = jax.jit(functions.embed), jax.jit(lambda block, h: functions.block(block, h)[0])
   sums = [init(functions, block) for block in blocks]
   for tokens in batches:
-    inputs = [embed(top, jnp.asarray(tokens))]
+    inputs = [_embed(functions, top, jnp.asarray(tokens))]
     for block in blocks:
-      inputs.append(block_fn(block, inputs[-1]))
+      inputs.append(_block(functions, block, inputs[-1]))
     loss, dh = _head(functions, top, inputs.pop(), jnp.asarray(tokens))
     predicted = tokens.shape[0] * (tokens.shape[1] - 1)
     for layer in reversed(range(len(blocks))):

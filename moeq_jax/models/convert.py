@@ -105,7 +105,10 @@ def _open_tensors(directory: Path) -> dict[str, _Stored]:
 def _read(file: Path) -> dict[str, np.ndarray]:
   try:
     return safetensors.numpy.load_file(file)
-  except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
+  except AttributeError as error:  # what the library does with the 8-bit floats that numpy lacks
+    raise CheckpointError(f"{file}: holds a type of tensor that cannot be read ({error}); the checkpoint is quantized: "
+                          "take the original one") from None
+  except (safetensors.SafetensorError, OSError, ValueError) as error:
     raise CheckpointError(f"{file}: cannot be read ({error}); it is truncated or damaged: copy it again") from None
 
 
@@ -208,6 +211,6 @@ def load_routers(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
   names = [f"model.layers.{l}.{BLOCK['moe/router'][0]}" for l in range(shape[0])]
   if wrong := sorted(named.keys() ^ set(names)):
     state = "has no place" if wrong[0] in named else "is missing"
-    raise CheckpointError(f"{path}: tensor {wrong[0]} {state}; the file holds the initial routers of another model than "
-                          f"this one of {shape[0]} layers")
+    raise CheckpointError(f"{path}: tensor {wrong[0]} {state}; the file holds the initial routers of another model, not"
+                          f" of this one with {shape[0]} layers")
   return np.stack([_checked(path, name, named[name], shape[1:]) for name in names]).astype(np.float32)

@@ -41,6 +41,11 @@ def _replaced(functions: Any, block: Any, expert: jax.Array, weights: Mapping[st
 
 
 @functools.partial(jax.jit, static_argnums=0)
+def _embed(functions: Any, top: Any, tokens: jax.Array) -> jax.Array:
+  return functions.embed(top, tokens)
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def _block(functions: Any, block: Any, h: jax.Array) -> jax.Array:
   return functions.block(block, h)[0]
 
@@ -64,7 +69,7 @@ def measure(functions: Any, top: Any, blocks: Sequence[Any], batches: Sequence[n
     advance: called after each expert.
   """
   batches = [jnp.asarray(tokens) for tokens in batches]
-  current = [jax.jit(functions.embed)(top, tokens) for tokens in batches]
+  current = [_embed(functions, top, tokens) for tokens in batches]
 
   def losses(states: list[jax.Array], after: int) -> np.ndarray:
     for block in blocks[after:]:

@@ -53,7 +53,7 @@ def _train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation) -> Cal
   def step(params, opt_state, batch):
     (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch)
     updates, opt_state = optimizer.update(grads, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state, metrics | {"grad_norm": optax.global_norm(grads)}
+    return optax.apply_updates(params, updates), opt_state, metrics | {"grad_norm": optax.tree.norm(grads)}
 
   return jax.jit(step, donate_argnums=(0, 1))
 
