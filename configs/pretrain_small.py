@@ -1,7 +1,7 @@
 """Pre-trains moeq-small, the shipped Mixture-of-Experts model, from random weights.
 
 Command:   ./launch.sh run --config=configs/pretrain_small.py --workdir=runs/pretrain_small
-Hardware:  2 CPU cores, 4 GiB
+Hardware:  2 CPU cores, 5 GiB
 Expected:  about an hour and a half; held-out losses in experiments/models/moeq-small/README.md
 A killed run continues with the same command. `:smoke` shrinks it to a minute.
 """

@@ -54,8 +54,8 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     temporary.chmod(0o644)
     os.replace(temporary, path)
   except OSError as error:
-    reason = f"cannot be written ({error.strerror or error}); make room, or choose another directory"
-    raise OSError(error.errno, reason, str(path)) from error
+    reason = error.strerror or error
+    raise OSError(f"{path}: cannot be written ({reason}); make room, or choose another directory") from error
   finally:
     if temporary:
       temporary.unlink(missing_ok=True)

@@ -33,6 +33,7 @@ def save(path: str | os.PathLike, tensors: Mapping[str, QTensor | np.ndarray], m
 
   Raises:
     ValueError: a QTensor breaks an invariant, or two tensors would have the same name in the file.
+    OSError: the file cannot be written; names it.
   """
   arrays: dict[str, np.ndarray] = {}
   static = {}
@@ -51,7 +52,10 @@ def save(path: str | os.PathLike, tensors: Mapping[str, QTensor | np.ndarray], m
   content = json.loads(json.dumps(content, allow_nan=False))
   stamped = json.dumps({"content": content, "sha256": artifacts.digest(content)}, sort_keys=True)
   with artifacts.atomic_path(path) as temporary:
-    safetensors.numpy.save_file(arrays, temporary, metadata={_KEY: stamped})
+    try:
+      safetensors.numpy.save_file(arrays, temporary, metadata={_KEY: stamped})
+    except safetensors.SafetensorError as error:  # the library's name for a full disk
+      raise OSError(str(error)) from error
 
 
 def load(path: str | os.PathLike) -> tuple[dict[str, QTensor | np.ndarray], dict[str, Any]]:

@@ -144,7 +144,7 @@ def _text(value: Any) -> str:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
   """`"; did you mean 'x'?"` where a known name is near, else an empty string."""
-  near = difflib.get_close_matches(name, list(known), n=1)
+  near = difflib.get_close_matches(str(name), list(known), n=1)
   return f"; did you mean {near[0]!r}?" if near else ""
 
 

@@ -209,11 +209,14 @@ def _has_made_nothing(workdir: Path) -> bool:
   return found.issuperset({"config.json", "versions.json"}) and found.issubset(NOTES)
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path) -> dict[str, Any]:
   try:
-    return json.loads(path.read_bytes())
+    config = json.loads(path.read_bytes())
   except ValueError as error:
     raise UsageError(f"{path}: not JSON ({error}); choose another --workdir, or delete the file") from None
+  if not isinstance(config, dict) or "task" not in config:
+    raise UsageError(f"{path} was not written by a run; choose another --workdir")
+  return config
 
 
 def execute(config: config_dict.ConfigDict, workdir: Path) -> None:
