@@ -47,7 +47,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.length = 256
   config.batch = 12
   config.calibration = 32  # sequences of each domain
-  config.evaluation = 16
+  config.evaluation = 12
   config.damage = ml_collections.ConfigDict(dict(sequences=12, bits=2))
 
   if arg.smoke:
