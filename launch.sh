@@ -7,6 +7,8 @@ set -euo pipefail
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
 venv=$root/.venv
 export PYTHONPATH=$root PIP_DISABLE_PIP_VERSION_CHECK=1
+# glibc: keep freed memory instead of giving it back and faulting it in again (evaluation took a quarter longer without)
+export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_-0} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_-4294967296}
 
 find_python() {  # prints the first candidate that runs, is of a right version and can make environments
   local check='import ensurepip, sys, venv; print(sys._base_executable); assert (3, 12) <= sys.version_info < (3, 14)'

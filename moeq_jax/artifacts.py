@@ -135,7 +135,8 @@ def save_arrays(path: str | os.PathLike, arrays: Mapping[str, np.ndarray], meta:
 
 def load_arrays(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
   """Reads what `save_arrays` wrote: `(arrays, metadata)`."""
-  with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:  # np.load alone leaves a damaged file open
+  # Given a path, np.load leaves a damaged file open.
+  with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
     arrays = {name: archive[name] for name in archive.files}
   return arrays, json.loads(arrays.pop("__meta__").tobytes())
 

@@ -313,7 +313,7 @@ def compare(config: ml_collections.ConfigDict, workdir: Path) -> None:
     damage = measure_damage(run, subject, text, layers, errors, config.damage.bits, codes_key)
   experts = [subject.functions.experts(block) for block in subject.blocks]
   evidence = scores.Evidence(stats, errors, subject.routers, subject.routers_init, experts,
-                             damage.mean if damage else None, config.damage.bits)
+                             damage.mean if damage else None, damage.stderr if damage else None, config.damage.bits)
   with run.timed("allocate"):
     shown = {spec: scores.sensitivity(spec, evidence).tolist() for spec in config.scores}
     found = allocate(run, subject, evidence, config)

@@ -47,7 +47,7 @@ def shrink_unrouted(stats: artifacts.Stats) -> artifacts.Stats:
     seen = getattr(stats, field)
     values[field] = seen.copy()
     for layer, expert in stats.unrouted():
-      values[field][layer, expert] = values[field][layer].sum(0) / max(stats.tokens[layer].sum(), 1)
+      values[field][layer, expert] = seen[layer].sum(0) / max(stats.tokens[layer].sum(), 1)
   return dataclasses.replace(stats, **values)
 
 

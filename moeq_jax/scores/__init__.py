@@ -31,6 +31,7 @@ class Evidence:
     routers_init: `[L, E, D]` float32, the rows before training, or `None` if they are not known.
     experts: per layer `{"gate", "up": [E, D, F], "down": [E, F, D]}`.
     damage: `[L, E]` measured loss increase at `damage_bits`, or `None` before it is measured.
+    damage_stderr: `[L, E]` standard error of `damage`, or `None` if it is exact.
     damage_bits: the width at which damage was measured.
   """
 
@@ -40,6 +41,7 @@ class Evidence:
   routers_init: np.ndarray | None
   experts: Sequence[Mapping[str, Any]]
   damage: np.ndarray | None = None
+  damage_stderr: np.ndarray | None = None
   damage_bits: int = 2
 
 

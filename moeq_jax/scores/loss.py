@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+from jax.scipy.stats import norm
 
 from moeq_jax.scores import weight
 
@@ -23,7 +24,9 @@ def fisher_error(evidence: Any) -> np.ndarray:
 def measured(evidence: Any) -> np.ndarray:
   """Measured damage at one width, carried to the others in proportion to the squared weight error, `[L, E, W]`.
 
-  Damage that noise made negative counts as zero.
+  Most experts do less damage than its standard error, and a measured value below zero says "small", not "free". So the
+  cost is the mean of the damage given its measured value and that it is not negative: for a normal error of standard
+  deviation s around the measured m, `m + s phi(m / s) / Phi(m / s)` (mean of a normal distribution truncated at zero).
 
   Raises:
     ValueError: damage was not measured, or at a width that is no candidate.
@@ -34,4 +37,13 @@ def measured(evidence: Any) -> np.ndarray:
     raise ValueError(f"score damage: measured at {evidence.damage_bits} bits, not one of {evidence.errors.widths}")
   table = weight.mse_table(evidence)
   at = table[..., evidence.errors.widths.index(evidence.damage_bits)][..., None]
-  return np.maximum(evidence.damage, 0.0)[..., None] * table / np.maximum(at, 1e-30)
+  stderr = np.zeros_like(evidence.damage) if evidence.damage_stderr is None else evidence.damage_stderr
+  damage = truncated_mean(evidence.damage, stderr)
+  return damage[..., None] * table / np.maximum(at, 1e-30)
+
+
+def truncated_mean(mean: np.ndarray, stderr: np.ndarray) -> np.ndarray:
+  """Mean of normal distributions truncated to non-negative values; `max(mean, 0)` where the error is zero."""
+  scaled = np.asarray(mean) / np.maximum(stderr, 1e-30)
+  ratio = np.exp(np.asarray(norm.logpdf(scaled) - norm.logcdf(scaled), np.float64))
+  return np.where(np.asarray(stderr) > 0, np.maximum(mean + stderr * ratio, 0.0), np.maximum(mean, 0.0))

@@ -168,7 +168,8 @@ def test_more_budget_never_costs_more(seed: int):
     ("random(levels=3)", "random", "random(levels=3)"),
     ("tiers(router_norm, zeta=3.0, levels=2)", "tiers", "tiers(router_norm)"),
     ("tiers( router_norm,reverse=True )", "tiers", "tiers(router_norm, reverse=True)"),
-    ("knapsack(fisher_error)", "knapsack", "knapsack(fisher_error)"), ("knapsack(damage)", "measured", "knapsack(damage)")])
+    ("knapsack(fisher_error)", "knapsack", "knapsack(fisher_error)"),
+    ("knapsack(damage)", "measured", "knapsack(damage)")])
 def test_a_plan_carries_its_family_and_its_name_without_defaults(spec: str, family: str, name: str):
   candidate = methods.candidates(spec, 2.5, inputs())[0]
   assert (candidate.family, candidate.plan.method) == (family, name)
@@ -208,7 +209,7 @@ def test_an_unknown_method_or_argument_is_refused(spec: str, said: str):
 
 
 @pytest.mark.parametrize("spec", METHODS)
-@pytest.mark.parametrize(("budget", "said"), [(0.5, "raise the budget"), (4.5, "lower the budget"), (float("nan"), "range")])
+@pytest.mark.parametrize(("budget", "said"), [(0.5, "raise the budget"), (4.5, "lower the"), (float("nan"), "range")])
 def test_a_budget_out_of_range_is_refused(spec: str, budget: float, said: str):
   for run in (lambda: methods.check([spec], [2.0, budget], WIDTHS), lambda: methods.candidates(spec, budget, inputs())):
     with pytest.raises(ValueError, match=said):
