@@ -4,7 +4,8 @@ Command:   ./launch.sh            (which is ./launch.sh quickstart)
 Hardware:  2 CPU cores, 3 GiB
 Expected:  under 5 minutes; runs/quickstart/report.html
 Options:   --config.checkpoint=DIR takes another checkpoint; --config=configs/quickstart.py:score=NAME adds a score to
-           the report and the knapsack on it to the methods; `:smoke` is the fewest plans and tokens, for a minute.
+           the report and the knapsack on it to the methods; `:norm=router_norm` ranks by the final router norms, for a
+           checkpoint without router_init.safetensors; `:smoke` is the fewest plans and tokens, for a minute.
 """
 
 import ml_collections
@@ -13,8 +14,8 @@ from configs import common
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-  """The config; `arg` may hold `smoke` and `score=NAME`."""
-  arg = common.parse_arg(arg, smoke=False, score="")
+  """The config; `arg` may hold `smoke`, `score=NAME` and `norm=NAME`."""
+  arg = common.parse_arg(arg, smoke=False, score="", norm="router_norm_change")
   config = ml_collections.ConfigDict()
   config.file = "configs/quickstart.py"  # the report names it in the command that remakes it
   config.task = "compare"
@@ -28,9 +29,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.methods = (
       "uniform",
       "random",
-      "tiers(router_norm_change)",
-      "tiers(router_norm_change, levels=3)",
-      "tiers(router_norm_change, reverse=True)",
+      f"tiers({arg.norm})",
+      f"tiers({arg.norm}, levels=3)",
+      f"tiers({arg.norm}, reverse=True)",
       "tiers(frequency)",
       "knapsack(weight_mse)",
       "knapsack(router_grad_error)",
@@ -39,9 +40,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
       "knapsack(damage)",
   )
   config.draws = 5  # plans of each random method
-  config.scores = ("router_norm_change", "router_norm", "router_grad", "max_var", "frequency", "gate_weight",
+  config.scores = (*dict.fromkeys((arg.norm, "router_norm")), "router_grad", "max_var", "frequency", "gate_weight",
                    "weight_mse", "router_grad_error", "output_error", "fisher_error")
-  config.export = (("knapsack(fisher_error)", 2.5),)
+  config.export = (("knapsack(router_grad_error)", 2.5),)
 
   config.domains = ("code", "wiki", "passages")
   config.length = 256
@@ -51,8 +52,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.damage = ml_collections.ConfigDict(dict(sequences=12, bits=2))
 
   if arg.smoke:
-    config.update(budgets=(2.5,), methods=("uniform", "tiers(router_norm_change)", "knapsack(router_grad_error)"),
-                  scores=("router_norm_change", "router_grad_error"), draws=2, domains=("wiki",), calibration=8,
+    config.update(budgets=(2.5,), methods=("uniform", f"tiers({arg.norm})", "knapsack(router_grad_error)"),
+                  scores=(arg.norm, "router_grad_error"), draws=2, domains=("wiki",), calibration=8,
                   evaluation=8, batch=8, export=(("knapsack(router_grad_error)", 2.5),))
     config.damage.sequences = 0
   if arg.score:

@@ -285,8 +285,8 @@ def check_routers(config: ml_collections.ConfigDict, subject: workspace.Subject)
   """Raises `ValueError` where a score needs the routers before training and the checkpoint lacks them."""
   if subject.routers_init is None and any(registry.parse(s).name == "router_norm_change" for s in score_names(config)):
     raise ValueError(f"{subject.directory}: score router_norm_change needs router_init.safetensors (the routers before"
-                     " training) there; without it leave this score out of config.scores and config.methods, or take"
-                     " router_norm")
+                     " training) there; without it take router_norm, in the quickstart by"
+                     " --config=configs/quickstart.py:norm=router_norm, or leave the score out")
 
 
 def compare(config: ml_collections.ConfigDict, workdir: Path) -> None:

@@ -1,3 +1,4 @@
+import importlib
 import json
 import os
 import subprocess
@@ -138,6 +139,7 @@ def test_quickstart_and_sweep_have_places_of_their_own(
   (tmp_path / "configs" / "quickstart.py").write_text(CONFIG)
   (tmp_path / "pyproject.toml").write_text('[project]\nversion = "0"\n')
   monkeypatch.setattr(runs, "ROOT", tmp_path)
+  monkeypatch.chdir(tmp_path)
   assert call("quickstart", "--config.lr=0.7") == 0
   assert call("quickstart", "--config=configs/quickstart.py:smoke", f"--workdir={tmp_path / 'elsewhere'}") == 0
   assert call("sweep", "--config=configs/quickstart.py:smoke") == 0
@@ -203,10 +205,13 @@ def test_an_interrupted_run_says_how_to_go_on(
   assert "the same command goes on from here" in capsys.readouterr().err
 
 
-def test_the_tasks_are_functions_of_the_pipeline():
-  code = ("from moeq_jax import pipeline\n"
-          "print(callable(pipeline.pretrain), callable(pipeline.compare))")
-  assert fresh_python("-c", code).stdout.split() == ["True", "True"]
+def test_every_task_reaches_its_function(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+  called = []
+  for name, module, function in (("pretrain", "moeq_jax.pretrain", "run"), ("compare", "moeq_jax.pipeline", "compare")):
+    monkeypatch.setattr(importlib.import_module(module), function, lambda *given, name=name: called.append((name, *given)))
+  for name, task in runs.TASKS.items():
+    task(name, tmp_path)
+  assert called == [(name, name, tmp_path) for name in runs.TASKS]
 
 
 def test_report_writes_the_report_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -120,7 +120,7 @@ def test_a_run_leaves_its_config_and_versions(config_file: str, tmp_path: Path, 
   assert set(versions) == {"python", "jax", "jaxlib", "numpy", "flax", "moeq_jax", "commit"}
   assert (versions["jax"], versions["moeq_jax"]) == ("0.11.2", "0.1.0")
   assert [workdir for _, workdir in ran] == [tmp_path / "out"]
-  assert sorted(os.listdir(tmp_path / "out")) == ["config.json", "versions.json"]
+  assert sorted(os.listdir(tmp_path / "out")) == ["config.json", "log.txt", "versions.json"]
 
 
 def test_the_same_config_goes_on_and_another_is_refused(config_file: str, tmp_path: Path, ran: list):

@@ -6,6 +6,7 @@ layers, keep activations, or hold the weights of one layer at a time.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -216,8 +217,10 @@ def _with(block: Block, values: Mapping[str, Any]) -> Block:
   return copy
 
 
+@functools.cache
 def functions(dtype: jnp.dtype) -> Functions:
-  """The functions of any `Decoder`, computing in `dtype`."""
+  """The functions of any `Decoder`, computing in `dtype`; the same object for the same dtype, so that nothing compiled
+  for one model of a kind is compiled again for the next."""
   return Functions(
       embed=lambda top, tokens: top.embed(tokens, dtype),
       block=lambda block, h, tap=moe.no_tap: block(h, tap),
