@@ -301,10 +301,12 @@ def compare(config: ml_collections.ConfigDict, workdir: Path) -> None:
   """
   check(config)
   run, codec, widths = workspace.Workdir(workdir), codecs.get(config.codec), tuple(config.widths)
-  with run.timed("open"):
+  with run.timed("open"), progress.bar("read model and text", 2) as advance:
     subject = workspace.open_checkpoint(config.checkpoint, config.compute_dtype)
+    advance(note=f"{subject.shape[0]} layers of {subject.shape[1]} experts")
     check_routers(config, subject)
     text = workspace.read_text(config, subject.tokenizer)
+    advance()
   with run.timed("calibrate"):
     stats = calibrate(run, subject, text)
   with run.timed("encode"):
@@ -321,10 +323,11 @@ def compare(config: ml_collections.ConfigDict, workdir: Path) -> None:
     rows = measure(run, subject, text, layers, codec, found, config, codes_key)
   with run.timed("export"):
     export(run, subject, layers, codec, found, config)
-  with run.timed("report"):
+  with run.timed("report"), progress.bar("write report", 1) as advance:
     summary = describe(config, subject, text, stats, damage, shown, found)
     artifacts.write_json(workdir / "report.json", summary)
     page = report.write(workdir)
+    advance()
   console = rich_console.Console()
   report.terminal(rows, console)
   console.print(f"report: {page}")

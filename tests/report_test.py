@@ -20,8 +20,8 @@ METHODS = (
   ("random", "random", 1.05),
   ("tiers(router_norm_change, levels=2)", "tiers", 1.2),
   ("tiers(router_norm_change, levels=3)", "tiers", 1.3),
-  *((f"knapsack({score})", "knapsack", scale) for score, scale in (
-    ("weight_mse", 0.9), ("frequency", 0.85), ("router_grad", 0.7), ("router_grad_error", 0.62), ("fisher_error", 0.6))),
+  *((f"knapsack({score})", "knapsack", scale) for score, scale in zip(
+    ("weight_mse", "frequency", "router_grad", "router_grad_error", "fisher_error"), (0.9, 0.85, 0.7, 0.62, 0.6))),
   ("knapsack(damage)", "measured", 0.5),
 )
 UNIFORM_INCREASE = {1.5: 0.62, 2.0: 0.16, 2.5: 0.08, 3.0: 0.02}
