@@ -5,7 +5,7 @@ leaves it less to win.
 
 Command:   ./launch.sh sweep --config=experiments/codecs.py --workdir=runs/codecs
 Hardware:  2 CPU cores, 3 GiB
-Expected:  about ten minutes; each point's folder holds its own report
+Expected:  about four minutes; each point's folder holds its own report
 """
 
 import ml_collections

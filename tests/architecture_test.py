@@ -18,7 +18,7 @@ PACKAGE = ROOT / "moeq_jax"
 MOST_LINES = 400
 
 LAYERS = {
-    0: ("artifacts", "qtensor", "planar", "shards", "container", "registry", "tree"),
+    0: ("artifacts", "qtensor", "planar", "shards", "container", "registry"),
     1: ("codecs", "kernels", "sharding", "checkpoint", "data", "results", "progress"),
     2: ("models",),
     3: ("train", "calibrate", "encode", "scores", "allocate", "assemble", "evaluate", "export", "theory"),
