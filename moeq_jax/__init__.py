@@ -17,6 +17,8 @@ _PUBLIC = {
     "Score": "moeq_jax.scores",
     "Stats": "moeq_jax.artifacts",
     "grouped_matmul": "moeq_jax.kernels.api",
+    "load": "moeq_jax.language_model",
+    "load": "moeq_jax.language_model",
     "solve": "moeq_jax.allocate.knapsack",
 }
 

@@ -6,8 +6,9 @@ dataclasses that can be saved, opened alone, and reused by a later run only when
 Letters used in shapes all over the project:
 
   B batch, S sequence, T tokens, D hidden size, F expert ffn size, E experts, K inputs of a matmul (rows of a weight),
-  N outputs of a matmul (columns), G scale groups along K, L MoE layers, W candidate widths (bits), U units,
-  P projections (gate, up, down in this order), V vocabulary.
+  N outputs of a matmul (columns), G scale groups along K, L MoE layers (dense blocks are not counted), W candidate
+  widths (bits), U units, P projections of an expert (those of gate, up, down that the model has, in this order),
+  V vocabulary.
 
 Weights are stored as `[K, N]`, so that `y = x @ w`.
 """
@@ -181,21 +182,23 @@ class Stats(Saved):
     moment_in: `[L, E, D, D]` float32, sum over the expert's tokens of `x x^T`, input of gate and up.
     moment_mid: `[L, E, F, F]` float32, sum over the expert's tokens of `h h^T`, input of down.
     grad_sq_gate, grad_sq_up: `[L, E, F]` float32, sum over the expert's tokens of the squared derivative of the summed
-      token loss with respect to the projection's output.
+      token loss with respect to the projection's output; `None` for a projection that the experts do not have.
     grad_sq_down: `[L, E, D]` float32, the same for down (routing weight included).
     total_tokens: tokens seen by each layer.
     batches: calibration batches.
+
+  What streaming does not keep for all layers at once (moments, squared gradients) is `None` there.
   """
 
   tokens: np.ndarray
   gate_weight: np.ndarray
   router_norm: np.ndarray
   router_grad: np.ndarray
-  moment_in: np.ndarray
-  moment_mid: np.ndarray
-  grad_sq_gate: np.ndarray
-  grad_sq_up: np.ndarray
-  grad_sq_down: np.ndarray
+  moment_in: np.ndarray | None
+  moment_mid: np.ndarray | None
+  grad_sq_gate: np.ndarray | None
+  grad_sq_up: np.ndarray | None
+  grad_sq_down: np.ndarray | None
   total_tokens: int
   batches: int
 
@@ -227,20 +230,17 @@ class LayerCodes:
   """The experts of one layer at every candidate width, and their errors; kept in one file.
 
   Attributes:
-    gate, up, down: the codes.
+    codes: `{projection: Codes}`, in the order of `PROJECTIONS`.
     errors: `{"weight", "output", "fisher"}` `[E, P, W]` and `"norm"` `[E, P]`, see `ErrorTable`.
   """
 
-  gate: Codes
-  up: Codes
-  down: Codes
+  codes: dict[str, Codes]
   errors: dict[str, np.ndarray]
 
   def save(self, path: str | os.PathLike, product_key: str) -> None:
     """Writes the layer to `path` (atomically), stamped with `product_key`."""
     arrays = {f"error.{name}": value for name, value in self.errors.items()}
-    for name in PROJECTIONS:
-      codes = getattr(self, name)
+    for name, codes in self.codes.items():
       arrays |= {f"{name}.{k}": v if v.dtype == np.uint8 else v.view(np.uint16) for k, v in codes._asdict().items()}
     save_arrays(path, arrays, {"key": product_key})
 
@@ -252,7 +252,8 @@ class LayerCodes:
       raise StaleProductError(f"{path}: was made from other inputs, another spec or another version; delete it")
     errors = {k.removeprefix("error."): v for k, v in arrays.items() if k.startswith("error.")}
     real = {k: v if v.dtype == np.uint8 else v.view(ml_dtypes.bfloat16) for k, v in arrays.items() if k[:6] != "error."}
-    return cls(**{n: Codes(*(real[f"{n}.{field}"] for field in Codes._fields)) for n in PROJECTIONS}, errors=errors)
+    names = [name for name in PROJECTIONS if f"{name}.codes" in real]
+    return cls({name: Codes(*(real[f"{name}.{field}"] for field in Codes._fields)) for name in names}, errors)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,49 +265,60 @@ class ErrorTable(Saved):
     output: `[L, E, P, W]` float64, squared output error `tr(dW^T M dW)` with M the second moment of the inputs, summed
       over the expert's calibration tokens.
     fisher: `[L, E, P, W]` float64, `1/2 sum_kn A_kk G_nn dW_kn^2`, the diagonal K-FAC estimate of the loss increase in
-      nats per calibration token.
+      nats per calibration token; `None` where no backward pass was made.
     norm: `[L, E, P]` float64, squared Frobenius norm of `w`.
     widths: candidate bits, ascending.
     codec: spec string of the codec.
     group: rows of K that share a scale (0 = all of K).
+    projections: `[P]` names, in the order of `PROJECTIONS`.
+    sizes: `[P]` weights of one expert's projection, K times N.
   """
 
   weight: np.ndarray
   output: np.ndarray
-  fisher: np.ndarray
+  fisher: np.ndarray | None
   norm: np.ndarray
   widths: tuple[int, ...]
   codec: str
   group: int
+  projections: tuple[str, ...]
+  sizes: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class CostTable(Saved):
-  """`cost[u, w]`: the price of storing unit `u` with `widths[w]` bits.
+  """`cost[l, e, p, w]`: the price of storing one projection of one expert with `widths[w]` bits.
+
+  Cells that share a width cost the sum of what each costs (`allocate/constraints.py`).
 
   Attributes:
-    cost: `[U, W]` float64; non-negative. Units are experts in (layer, expert) order.
+    cost: `[L, E, P, W]` float64; non-negative.
     widths: candidate bits, ascending.
     score: the score's spec string.
     units: `"nats"` (predicted loss increase per token) or `"arbitrary"`.
+    projections: `[P]` names, in the order of `PROJECTIONS`.
+    sizes: `[P]` weights of one expert's projection.
   """
 
   cost: np.ndarray
   widths: tuple[int, ...]
   score: str
   units: str
+  projections: tuple[str, ...]
+  sizes: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan(Saved):
-  """Bits per unit, with what was asked and what is promised.
+  """The bits of every expert, or of every projection of every expert, with what was asked and what is promised.
 
   Attributes:
-    bits: `[L, E]` int64.
+    bits: `[L, E]` or `[L, E, P]` int64.
     method: the method's spec string, for example `knapsack(router_grad_error)`.
     budget: average nominal bits per expert weight asked for.
     predicted: cost of the plan under the method's own cost table (`None` where a method has none).
     lower_bound: certified lower bound on the least cost at this budget (`None` without a certificate).
+    constraint: which cells share one width, see `allocate/constraints.py`.
   """
 
   bits: np.ndarray
@@ -314,6 +326,19 @@ class Plan(Saved):
   budget: float
   predicted: float | None = None
   lower_bound: float | None = None
+  constraint: str = "expert"
+
+  def by_projection(self, projections: int) -> np.ndarray:
+    """The bits of every projection, `[L, E, P]`.
+
+    Raises:
+      ValueError: the plan has another number of projections.
+    """
+    bits = self.bits if self.bits.ndim == 3 else np.repeat(self.bits[..., None], projections, axis=2)
+    if bits.shape[2] != projections:
+      raise ValueError(f"plan {self.method}: has bits for {bits.shape[2]} projections, the experts have {projections};"
+                       " it was made for another model")
+    return bits
 
   def as_json(self) -> dict[str, Any]:
     """The plan as JSON-able values."""

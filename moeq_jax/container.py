@@ -24,7 +24,7 @@ _ARRAYS = ("buffer", "bits", "offset", "scale", "zero")
 _STATIC = ("K", "N", "group", "k_tile", "k_block", "axis")
 
 
-class ContainerError(Exception):
+class ContainerError(ValueError):
   """A container is missing, truncated or damaged."""
 
 
@@ -87,6 +87,22 @@ def load(path: str | os.PathLike) -> tuple[dict[str, QTensor | np.ndarray], dict
     except ValueError as error:
       raise _damaged(path, name, f"is not a QTensor ({error})") from error
   return dict(sorted((tensors | arrays).items())), content["meta"]
+
+
+def load_meta(path: str | os.PathLike) -> dict[str, Any]:
+  """The caller's metadata of a container, without its tensors: verified itself, but not what it describes.
+
+  Raises:
+    ContainerError: no such file, or its header is damaged; names the file and what to do.
+  """
+  path = Path(path)
+  if not path.is_file():
+    raise ContainerError(f"{path}: no such file; run the stage that writes it")
+  try:
+    with safetensors.safe_open(path, framework="np") as file:
+      return _content(path, file.metadata())["meta"]
+  except safetensors.SafetensorError as error:
+    raise _damaged(path, _first_cut_off(path), f"is not whole ({error})") from error
 
 
 def _damaged(path: Path, tensor: str, what: str) -> ContainerError:

@@ -93,7 +93,12 @@ def package_files(distribution: str, version: str) -> Iterator[Document]:
       yield Document("code", str(file), text)
 
 
-def _asset(distribution: str, version: str, module: str, relative: str) -> Path:
+def asset(distribution: str, version: str, module: str, relative: str) -> Path:
+  """A file that a pinned distribution installed in the folder of `module`.
+
+  Raises:
+    DataError: the distribution or the file is missing, or it has another version.
+  """
   _check_version(distribution, version)
   spec = importlib.util.find_spec(module)
   path = Path(spec.submodule_search_locations[0]) / relative
@@ -104,10 +109,10 @@ def _asset(distribution: str, version: str, module: str, relative: str) -> Path:
 
 def articles() -> Iterator[Document]:
   """Yields encyclopedia introductions (domain `wiki`) and reading passages (domain `passages`), ordered by title."""
-  summaries = json.loads(_asset(*WIKI_PACKAGE).read_text(encoding="utf-8"))
+  summaries = json.loads(asset(*WIKI_PACKAGE).read_text(encoding="utf-8"))
   for title in sorted(summaries):
     yield Document("wiki", title, summaries[title]["extract"])
-  lines = _asset(*PASSAGES_PACKAGE).read_text(encoding="utf-8").splitlines()
+  lines = asset(*PASSAGES_PACKAGE).read_text(encoding="utf-8").splitlines()
   for passage in sorted({json.loads(line)["passage"] for line in lines}):
     title, _, text = passage.partition(" -- ")
     yield Document("passages", title, text or passage)
@@ -238,16 +243,21 @@ class TokenStream:
     return np.stack([self.tokens[i * stride : i * stride + length] for i in range(count)])
 
 
-def encode(documents: Iterable[Document], tokenizer: tokenizers.Tokenizer) -> dict[str, TokenStream]:
-  """Tokenizes documents into one stream per domain."""
+def encode(documents: Iterable[Document], tokenizer: tokenizers.Tokenizer,
+           end: int | None = None) -> dict[str, TokenStream]:
+  """Tokenizes documents into one stream per domain, with the token `end` after each.
+
+  By default that is the tokenizer's end-of-text token; nothing separates documents where it has none.
+  """
   by_domain: dict[str, list[str]] = {}
   for document in documents:
     by_domain.setdefault(document.domain, []).append(document.text)
-  end = tokenizer.token_to_id(END_OF_TEXT)
+  end = tokenizer.token_to_id(END_OF_TEXT) if end is None else end
+  ends = [] if end is None else [end]
   streams = {}
   for domain, texts in by_domain.items():
     encoded = tokenizer.encode_batch(texts, add_special_tokens=False)
-    tokens = np.concatenate([np.array([*e.ids, end], np.int32) for e in encoded])
+    tokens = np.concatenate([np.array([*e.ids, *ends], np.int32) for e in encoded])
     streams[domain] = TokenStream(tokens, sum(len(t.encode()) for t in texts))
   return streams
 

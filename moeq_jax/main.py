@@ -102,6 +102,11 @@ def _bench(arguments: Sequence[str]) -> None:
   print(json.dumps(result, default=float), flush=True)
 
 
+def _late(module: str, function: str) -> Callable[[Sequence[str]], None]:
+  """A command whose module is imported when it runs, so that --help does not wait for it."""
+  return lambda arguments: getattr(importlib.import_module(f"moeq_jax.{module}"), function)(arguments)
+
+
 def bench_names() -> list[str]:
   """The benchmarks: the modules of `moeq_jax/bench`."""
   return sorted(path.stem for path in BENCHES.glob("*.py") if not path.stem.startswith("_"))
@@ -161,6 +166,52 @@ COMMANDS: dict[str, Command] = {
     "report": Command(
         _report, "writes report.html, figures and tables of a run again",
         "report WORKDIR", "examples:\n  ./launch.sh report runs/quickstart"),
+    "inspect": Command(
+        _late("inspection", "command"), "says what a checkpoint holds, what a budget gives and what fits",
+        "inspect CHECKPOINT [--budget=BITS] [--memory=SIZE] [--group=64]",
+        "Reads headers only; CHECKPOINT is a directory in Hugging Face format or a quantized one.\n\n"
+        "options:\n"
+        "  --budget=2.5              average nominal bits per expert weight: how large the model becomes\n"
+        "  --memory=20GiB            what the whole model may take: how many bits that leaves an expert weight\n"
+        "  --group=64                weights that share a scale\n\n"
+        "examples:\n  ./launch.sh inspect experiments/models/moeq-small\n"
+        "  ./launch.sh inspect DIR --memory=20GiB"),
+    "generate": Command(
+        _late("language_model", "command_generate"), "continues a prompt with a full-precision or quantized model",
+        "generate --checkpoint=DIR --prompt=TEXT [--max_new_tokens=64] [--temperature=0] [--seed=0] [--file=PROMPTS]",
+        "options:\n"
+        "  --checkpoint=DIR          a directory in Hugging Face format, or a quantized one\n"
+        "  --prompt=TEXT             what to continue (an encoder-decoder reads it as its input)\n"
+        "  --file=PROMPTS            a text file, one prompt a line, in place of --prompt\n"
+        "  --max_new_tokens=64       tokens at most\n"
+        "  --temperature=0           0 takes the likeliest token; 1 samples from the model's distribution\n"
+        "  --seed=0                  of the sampling\n\n"
+        "examples:\n  ./launch.sh generate --checkpoint=experiments/models/moeq-small --prompt='def main('"),
+    "evaluate": Command(
+        _late("evaluation", "command_evaluate"), "multiple-choice tasks by log-likelihood, paired with another model",
+        "evaluate --checkpoint=DIR --tasks=NAME[,NAME] [--against=DIR] [--limit=N] [--output=FILE.jsonl]",
+        "options:\n"
+        "  --checkpoint=DIR          a directory in Hugging Face format, or a quantized one\n"
+        "  --against=DIR             another one (full precision): differences are paired, with 95% intervals\n"
+        "  --tasks=piqa,boolq        which sets; an unknown one lists them\n"
+        "  --limit=200               the first rows of each set only\n"
+        "  --output=FILE.jsonl       every row's answer\n\n"
+        "examples:\n  ./launch.sh evaluate --checkpoint=experiments/models/moeq-small --tasks=piqa --limit=100"),
+    "serve": Command(
+        _late("evaluation", "command_serve"), "answers requests of an evaluation harness, JSON lines in and out",
+        "serve --checkpoint=DIR",
+        "Requests on standard input, one JSON object a line; moeq_jax/evaluate/lm_eval.py is the other side.\n\n"
+        "examples:\n  ./launch.sh serve --checkpoint=experiments/models/moeq-small"),
+    "upcycle": Command(
+        _late("upcycling", "command"), "makes a Mixture-of-Experts checkpoint of a dense one",
+        "upcycle SOURCE DIR [--experts=8] [--top_k=2] [--method=copy]",
+        "SOURCE is a dense checkpoint directory or a GGUF file; DIR gets a Mixtral-format checkpoint.\n\n"
+        "options:\n"
+        "  --experts=8               experts of every layer\n"
+        "  --top_k=2                 experts that a token uses\n"
+        "  --method=copy             copy: every expert is the dense one; split: its neurons are divided among them\n"
+        "  --seed=0                  of the routers\n\n"
+        "examples:\n  ./launch.sh upcycle DENSE MOE --experts=8 --method=split"),
     "bench": Command(
         _bench, "measures speed; the last line printed is one JSON object",
         "bench NAME [--option=value ...]",

@@ -15,17 +15,18 @@ import ml_collections
 import numpy as np
 from rich import console as rich_console
 
-from moeq_jax import artifacts, codecs, progress, registry, report, results, runs, scores, workspace
+from moeq_jax import artifacts, codecs, progress, registry, report, results, runs, scores, steps, workspace
 from moeq_jax.allocate import methods
 from moeq_jax.assemble import apply
 from moeq_jax.calibrate import statistics
 from moeq_jax.encode import candidates
 from moeq_jax.evaluate import perplexity
 from moeq_jax.export import native
+from moeq_jax.models import names
 from moeq_jax.scores import damage as damage_lib
 
 # Raised when a stage computes something else from the same inputs; older products are then made again.
-VERSIONS = {"stats": 1, "codes": 1, "damage": 1, "plans": 1, "rows": 1}
+VERSIONS = {"stats": 1, "codes": 1, "damage": 1, "plans": 1, "rows": 2}
 
 Candidate = methods.Candidate
 
@@ -58,8 +59,8 @@ def encode(run: workspace.Workdir, subject: workspace.Subject, stats: artifacts.
   for layer, expert in stats.unrouted():
     log.warning("layer %d, expert %d saw no calibration token: its layer's mean second moments are used", layer, expert)
   layers = []
-  with progress.bar("encode", len(subject.blocks)) as advance:
-    for layer, block in enumerate(subject.blocks):
+  with progress.bar("encode", subject.shape[0]) as advance:
+    for layer, block in enumerate(subject.sparse_blocks()):
       make = functools.partial(candidates.encode_layer, subject.functions.experts(block), ready, layer, codec=codec,
                                widths=widths)
       layers.append(run.product(f"codes/layer-{layer:03d}.npz", key, artifacts.LayerCodes.load, make))
@@ -79,8 +80,7 @@ def measure_damage(run: workspace.Workdir, subject: workspace.Subject, text: wor
 
   def dequantized(layer: int, expert: int) -> dict[str, np.ndarray]:
     weights = {}
-    for name in artifacts.PROJECTIONS:
-      codes = getattr(layers[layer], name)
+    for name, codes in layers[layer].codes.items():
       encoded = codecs.Encoded(*(field[index, expert] for field in codes))
       weights[name] = np.asarray(codecs.decode(encoded, errors.group, codes.codes.shape[2]))
     return weights
@@ -97,20 +97,21 @@ def measure_damage(run: workspace.Workdir, subject: workspace.Subject, text: wor
 
 def allocate(run: workspace.Workdir, subject: workspace.Subject, evidence: scores.Evidence,
              config: ml_collections.ConfigDict) -> list[Candidate]:
-  """Every method at every budget, kept as `costs-*.npz` and `plan-*.json`.
+  """Every method at every budget, kept as `costs-*.npz` and `plan-*.json`; uniform plans, with which rows are compared,
+  come first.
 
   Plans take no time worth saving, so they are always made and written again.
   """
   inputs = methods.Inputs(
       widths=tuple(config.widths),
       shape=subject.shape,
-      weights=subject.expert_weights(),
       cost=functools.cache(lambda spec: scores.as_cost(spec, evidence)),
       sensitivity=functools.cache(lambda spec: scores.sensitivity(spec, evidence)),
       draws=config.draws,
       seed=config.seed,
   )
   found = [c for spec in config.methods for budget in config.budgets for c in methods.candidates(spec, budget, inputs)]
+  found.sort(key=lambda candidate: candidate.family != "uniform")
   for spec in sorted({name for c in found if (name := methods.score_of(c.plan.method))}):
     inputs.cost(spec).save(run.path / f"costs-{registry.filename(spec)}.npz")
   for candidate in found:
@@ -120,17 +121,18 @@ def allocate(run: workspace.Workdir, subject: workspace.Subject, evidence: score
 
 def evaluate(subject: workspace.Subject, text: workspace.Text, layers: Sequence[artifacts.LayerCodes],
              codec: codecs.Codec, candidate: Candidate, against: perplexity.Reference,
-             widths: Sequence[int]) -> dict[str, Any]:
-  """The row of one plan: the model runs from its packed buffers."""
+             widths: Sequence[int]) -> tuple[dict[str, Any], np.ndarray]:
+  """The row of one plan, and its loss of every sequence `[n]`: the model runs from its packed buffers."""
   packed = [apply.pack_layer(codes, bits, widths=widths, group=codec.group, sized=True)
             for codes, bits in zip(layers, candidate.plan.bits, strict=True)]
   blocks = apply.quantized_blocks(subject.functions, subject.blocks, packed)
   measured = perplexity.measure(subject.functions, subject.top, blocks, text.evaluation, against)
   delta, stderr = perplexity.paired(measured.loss, against.loss)
-  return candidate.as_row() | native.sizes(packed, subject.others) | losses(measured.loss, text) | {
+  row = candidate.as_row() | native.sizes(packed, subject.others) | losses(measured.loss, text) | {
       "codec": str(codec), "group": codec.group, "loss_delta": delta, "loss_delta_ci95": 1.96 * stderr,
       "kl": float(measured.kl.mean()), "router_agreement": measured.router_agreement,
   }
+  return row, measured.loss
 
 
 def losses(loss: np.ndarray, text: workspace.Text) -> dict[str, float]:
@@ -142,47 +144,78 @@ def losses(loss: np.ndarray, text: workspace.Text) -> dict[str, float]:
   return row
 
 
+def against_uniform(loss: np.ndarray, uniform: Sequence[np.ndarray]) -> dict[str, float | None]:
+  """How much more a plan loses than uniform widths at its budget: the mean difference, paired over sequences, and half
+  of its 95% interval, in nats per token.
+
+  Args:
+    loss: `[n]`, of each sequence.
+    uniform: the same of each uniform plan, whose mean is taken; none leave the fields empty.
+  """
+  if not uniform:
+    return {"vs_uniform": None, "vs_uniform_ci95": None}
+  delta, stderr = perplexity.paired(loss, np.mean(uniform, axis=0))
+  return {"vs_uniform": delta, "vs_uniform_ci95": 1.96 * stderr}
+
+
 def full_row(subject: workspace.Subject, text: workspace.Text, loss: np.ndarray) -> dict[str, Any]:
   """The row of the full-precision model (experts in bfloat16)."""
-  experts = subject.expert_weights() * subject.shape[0] * subject.shape[1]
-  megabytes = (2 * experts + sum(a.nbytes for a in subject.others.values())) / 1e6
+  megabytes = (2 * subject.expert_weights() + sum(a.nbytes for a in subject.others.values())) / 1e6
   return losses(loss, text) | {
       "id": "full", "method": "full precision", "family": "full", "codec": None, "group": None, "budget": None,
       "nominal_bits": 16.0, "effective_bits": 16.0, "stored_bits": 16.0, "file_mb": megabytes, "loss_delta": 0.0,
       "loss_delta_ci95": 0.0, "kl": 0.0, "router_agreement": 1.0, "predicted": None, "lower_bound": None, "gap": None,
-      "draw": None,
+      "draw": None, "constraint": None, "cost": None, "vs_uniform": None, "vs_uniform_ci95": None,
   }
 
 
 def measure(run: workspace.Workdir, subject: workspace.Subject, text: workspace.Text,
             layers: Sequence[artifacts.LayerCodes], codec: codecs.Codec, found: Sequence[Candidate],
             config: ml_collections.ConfigDict, codes_key: str) -> list[results.Row]:
-  """Evaluates full precision and every plan into `rows.jsonl`.
+  """Evaluates full precision and every plan into `rows.jsonl`, and the loss of every sequence into `losses.jsonl`.
 
   Rows that are there are kept if they are the first of those that this run would write, from the same inputs and plans;
   otherwise all are measured again, so that the file does not depend on what was in it.
   """
-  path = run.path / "rows.jsonl"
+  path, losses_path = run.path / "rows.jsonl", run.path / "losses.jsonl"
   key = artifacts.key("rows", VERSIONS["rows"], {"dtype": subject.dtype, "plans": VERSIONS["plans"]},
                       {"codes": codes_key, "text": text.digest})
   stamp = {"seed": config.seed, "config_hash": config_hash(config), "key": key}
   plans = {"full": None} | {candidate.file_name(): artifacts.digest(candidate.plan.bits) for candidate in found}
   wanted = [{"id": name, "plan": plan} | stamp for name, plan in plans.items()]
-  done = {row["id"]: row for row in results.read(path)}
-  if [{field: row.get(field) for field in wanted[0]} for row in done.values()] != wanted[: len(done)]:
-    log.warning("rows.jsonl was made from something else: measuring again")
-    path.unlink()
-    done = {}
+  done, seen = _kept(path, wanted), _kept(losses_path, wanted)
   against = perplexity.reference(subject.functions, subject.top, subject.blocks, text.evaluation)
+  results.append(losses_path, _losses_row(wanted[0], against.loss))
   results.append(path, full_row(subject, text, against.loss) | stamp)
+  uniform: dict[float, list[np.ndarray]] = {}
   with progress.bar("evaluate plans", len(found)) as advance:
-    for candidate in found:
-      row = done.get(candidate.file_name())
-      if row is None:
-        row = evaluate(subject, text, layers, codec, candidate, against, tuple(config.widths)) | stamp
-        results.append(path, row)
-      advance(note=f"{candidate.plan.method} at {candidate.plan.budget}: loss {row['loss']:.4f}")
+    for candidate, row_stamp in zip(found, wanted[1:], strict=True):
+      plan, name = candidate.plan, candidate.file_name()
+      row, loss = done.get(name), results.numbered(seen.get(name, {}), "sequence_")
+      if row is None or name not in seen:
+        row, loss = evaluate(subject, text, layers, codec, candidate, against, tuple(config.widths))
+        baseline = [] if candidate.family == "uniform" else uniform.get(plan.budget, [])
+        results.append(losses_path, _losses_row(row_stamp, loss))
+        results.append(path, row | against_uniform(loss, baseline) | stamp)
+      if candidate.family == "uniform":
+        uniform.setdefault(plan.budget, []).append(loss)
+      advance(note=f"{plan.method} at {plan.budget}: loss {row['loss']:.4f}")
   return results.read(path)
+
+
+def _kept(path: Path, wanted: Sequence[Mapping[str, Any]]) -> dict[str, results.Row]:
+  """The rows of a file by id, if they are the first of those wanted; else none, and the file is removed."""
+  rows = results.read(path)
+  if [{field: row.get(field) for field in wanted[0]} for row in rows] == list(wanted[: len(rows)]):
+    return {row["id"]: row for row in rows}
+  log.warning("%s was made from something else: measuring again", path.name)
+  path.unlink()
+  return {}
+
+
+def _losses_row(stamp: Mapping[str, Any], loss: np.ndarray) -> results.Row:
+  """The loss of every sequence as a row."""
+  return dict(stamp) | {f"sequence_{i:06d}": float(value) for i, value in enumerate(loss)}
 
 
 def export(run: workspace.Workdir, subject: workspace.Subject, layers: Sequence[artifacts.LayerCodes],
@@ -197,8 +230,20 @@ def export(run: workspace.Workdir, subject: workspace.Subject, layers: Sequence[
       continue
     packed = [apply.pack_layer(codes, bits, widths=tuple(config.widths), group=codec.group)
               for codes, bits in zip(layers, candidate.plan.bits, strict=True)]
-    meta = {"plan": candidate.plan.as_json(), "codec": str(codec), "source": subject.digest}
-    native.save(run.path / f"quantized-{candidate.file_name()}", packed, subject.others, subject.files(), meta)
+    manifest = {"plan": candidate.plan.as_json(), "codec": str(codec), "source": subject.digest}
+    native.save(run.path / f"quantized-{candidate.file_name()}", *_by_block(subject, packed), subject.files(), manifest)
+
+
+def _by_block(subject: workspace.Subject, packed: Sequence[native.Packed]) -> tuple[Any, Any, Any]:
+  """Packed experts of every block (none of dense ones), other tensors of every block, and tensors of no block."""
+  experts = [{} for _ in subject.blocks]
+  for place, layer in zip(steps.sparse(subject.functions, subject.blocks), packed, strict=True):
+    experts[place] = layer
+  others, top = [{} for _ in subject.blocks], {}
+  for name, tensor in subject.others.items():
+    part, _, rest = names.place(subject.config, name).parameter.partition("/")
+    (others[int(rest.partition("/")[0])] if part == "blocks" else top)[name] = tensor
+  return experts, others, top
 
 
 def describe(config: ml_collections.ConfigDict, subject: workspace.Subject, text: workspace.Text,
@@ -229,7 +274,8 @@ def describe(config: ml_collections.ConfigDict, subject: workspace.Subject, text
             if damage else []),
       ],
       "policies": [
-          "Routers, norms, attention and embeddings stay in bfloat16; every expert weight is quantized (100%).",
+          "Routers, norms, attention, embeddings, dense blocks and shared experts stay in bfloat16; every weight of a"
+          " routed expert is quantized (100%).",
           "An expert without calibration tokens gets its layer's mean second moments; its weights are never zeroed.",
           f"Coefficient of variation of expert load: {', '.join(f'{c:.2f}' for c in load.std(axis=1))} by layer.",
       ],
@@ -270,7 +316,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     raise ValueError(f"config.draws={config.draws}, config.seed={config.seed}: draws are at least 1, a seed at least 0")
   if not all(isinstance(entry, tuple | list) and len(entry) == 2 for entry in config.export):
     raise ValueError(f"config.export={config.export}: pairs of a method and a budget, for example (('uniform', 2.0),)")
-  codecs.get(config.codec)
+  codecs.get(config.codec).check_widths(config.widths)
   methods.check(config.methods, config.budgets, tuple(config.widths))
   named = score_names(config)
   scores.check(named)
@@ -313,7 +359,7 @@ def compare(config: ml_collections.ConfigDict, workdir: Path) -> None:
     layers, errors, codes_key = encode(run, subject, stats, codec, widths)
   with run.timed("damage"):
     damage = measure_damage(run, subject, text, layers, errors, config.damage.bits, codes_key)
-  experts = [subject.functions.experts(block) for block in subject.blocks]
+  experts = [subject.functions.experts(block) for block in subject.sparse_blocks()]
   evidence = scores.Evidence(stats, errors, subject.routers, subject.routers_init, experts,
                              damage.mean if damage else None, damage.stderr if damage else None, config.damage.bits)
   with run.timed("allocate"):

@@ -13,7 +13,7 @@ import numpy as np
 import tokenizers
 
 from moeq_jax import artifacts, data
-from moeq_jax.models import convert, decoder
+from moeq_jax.models import convert, decoder, hf_config
 from moeq_jax.train import loop
 
 
@@ -68,7 +68,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> None:
   """
   tokenizer = _tokenizer(config, workdir)
   streams = _streams(config, workdir, tokenizer)
-  model_config = decoder.from_config(dict(config.model, model_type="mixtral"))
+  model_config = hf_config.read(dict(config.model, model_type="mixtral"))
   dtype = jnp.dtype(config.compute_dtype)
   model = decoder.init(model_config, config.seed)
   out = workdir / "model"

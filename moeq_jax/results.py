@@ -22,12 +22,19 @@ A row is flat. Its fields:
   nats_per_byte_<domain>    loss of a domain divided by its bytes of text, so that tokenizers can be compared
   loss_delta                loss minus the loss in full precision, nats per token
   loss_delta_ci95           half width of its 95% confidence interval, paired over sequences
+  vs_uniform                loss minus that of uniform widths at the same budget (the mean of their draws), or None
+  vs_uniform_ci95           half width of its 95% confidence interval, paired over sequences
   kl                        mean over tokens of KL(full precision || quantized) of the next-token distribution, nats
   router_agreement          share of (token, layer) whose set of top-k experts is that of full precision
+  constraint                which cells of the plan share one width (`allocate/constraints.py`), None in full precision
+  cost                      cost of the plan in its score's own units, or None
   predicted                 predicted loss increase in nats per token (None where costs are arbitrary or absent)
   lower_bound, gap          certified lower bound on the least cost, and how far the plan may be from it (or None)
   draw                      number of the draw of a random method, else None
   seed, config_hash         of the run
+
+`losses.jsonl` is a file of the same form: for each row of `rows.jsonl` the loss of every evaluated sequence, in nats
+per token, as `sequence_000000` and so on.
 """
 
 import json
@@ -36,6 +43,8 @@ import math
 import os
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from moeq_jax import artifacts
 
@@ -64,6 +73,11 @@ def read(path: str | os.PathLike) -> list[Row]:
     if row is not None:
       _check_same(rows.setdefault(row["id"], row), row, path)
   return list(rows.values())
+
+
+def numbered(row: Row, prefix: str) -> np.ndarray:
+  """The values of the fields that begin with `prefix`, in the order of their names: a series that a row holds."""
+  return np.array([row[name] for name in sorted(row) if name.startswith(prefix)], np.float64)
 
 
 def append(path: str | os.PathLike, row: Row) -> bool:

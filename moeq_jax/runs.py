@@ -50,8 +50,15 @@ def _compare(config: config_dict.ConfigDict, workdir: Path) -> None:
   pipeline.compare(config, workdir)
 
 
+def _quantize(config: config_dict.ConfigDict, workdir: Path) -> None:
+  from moeq_jax.quantize import task
+
+  task.run(config, workdir)
+
+
 # What `config.task` may name.
-TASKS: dict[str, Callable[[config_dict.ConfigDict, Path], None]] = {"pretrain": _pretrain, "compare": _compare}
+TASKS: dict[str, Callable[[config_dict.ConfigDict, Path], None]] = {
+    "pretrain": _pretrain, "compare": _compare, "quantize": _quantize}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,13 +9,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import tokenizers
 
-from moeq_jax import artifacts, data, registry
-from moeq_jax.models import convert, decoder
+from moeq_jax import artifacts, data, registry, steps
+from moeq_jax.models import convert, decoder, families
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -34,7 +33,7 @@ class Subject:
     top, blocks: full-precision parameters.
     functions: how they compute.
     routers, routers_init: `[L, E, D]`; the latter `None` if the checkpoint lacks router_init.safetensors.
-    others: every tensor that is no expert, bfloat16, under its name in the checkpoint.
+    others: every tensor that is no expert, as stored, under its name in the checkpoint.
     tokenizer: of the checkpoint.
   """
 
@@ -52,12 +51,16 @@ class Subject:
 
   @property
   def shape(self) -> tuple[int, int]:
-    """`(L, E)`."""
-    return len(self.blocks), self.config.num_local_experts
+    """`(L, E)`, MoE layers only."""
+    return self.routers.shape[:2]
+
+  def sparse_blocks(self) -> list[Any]:
+    """The blocks that are MoE layers."""
+    return [self.blocks[place] for place in steps.sparse(self.functions, self.blocks)]
 
   def expert_weights(self) -> int:
-    """Weights of one expert."""
-    return 3 * self.config.hidden_size * self.config.intermediate_size
+    """Weights of all experts."""
+    return sum(weight.size for block in self.sparse_blocks() for weight in self.functions.experts(block).values())
 
   def files(self) -> dict[str, bytes]:
     """The files that go unchanged into a quantized copy."""
@@ -75,29 +78,35 @@ def open_checkpoint(name: str, dtype: str) -> Subject:
     convert.CheckpointError: a file is missing, damaged, or belongs to another checkpoint; names file and tensor.
   """
   directory = next((p for p in (Path(name), ROOT / name) if p.is_dir()), Path(name))
+  checkpoint = convert.open_checkpoint(directory)
+  if not checkpoint.sparse_layers or not isinstance(checkpoint.config, decoder.DecoderConfig):
+    raise convert.CheckpointError(f"{directory}: methods are compared on decoders with experts, this is a model of "
+                                  f"family {checkpoint.config.family} with {checkpoint.experts} experts; a Switch "
+                                  "Transformer is quantized by configs/quantize.py")
   model, config = convert.load(directory)
   routers = convert.routers(model)
   init = directory / "router_init.safetensors"
+  others = [checkpoint.others(part) for part in (None, *range(checkpoint.layers))]
   return Subject(
       directory=directory,
-      digest=_digest(directory),
+      digest=_digest(checkpoint),
       dtype=dtype,
       config=config,
       top=model.top,
       blocks=list(model.blocks),
-      functions=decoder.functions(jnp.dtype(dtype)),
+      functions=families.functions(config, dtype),
       routers=routers,
       routers_init=convert.load_routers(init, routers.shape) if init.is_file() else None,
-      others={k: v for k, v in convert.tensors(model, config.num_local_experts).items() if ".experts." not in k},
+      others={name: tensor for part in others for name, tensor in part.items()},
       tokenizer=_open_tokenizer(directory / "tokenizer.json", config.vocab_size),
   )
 
 
-def _digest(directory: Path) -> str:
+def _digest(checkpoint: convert.Checkpoint) -> str:
   """The digest of every file that a run reads from a checkpoint directory, in one shard or several."""
-  others = (directory / name for name in ("config.json", "tokenizer.json", "router_init.safetensors"))
-  files = [*directory.glob("model*.safetensors"), *others]
-  return artifacts.digest({file.name: artifacts.digest(file) for file in files if file.is_file()})
+  others = (checkpoint.directory / name for name in ("tokenizer.json", "router_init.safetensors"))
+  files = {file.name: artifacts.digest(file) for file in others if file.is_file()}
+  return artifacts.digest(files | {"checkpoint": checkpoint.digest()})
 
 
 def _open_tokenizer(path: Path, vocabulary: int) -> tokenizers.Tokenizer:

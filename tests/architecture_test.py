@@ -18,11 +18,12 @@ PACKAGE = ROOT / "moeq_jax"
 MOST_LINES = 400
 
 LAYERS = {
-    0: ("artifacts", "qtensor", "planar", "shards", "container", "registry"),
-    1: ("codecs", "kernels", "sharding", "checkpoint", "data", "results", "progress"),
+    0: ("artifacts", "qtensor", "planar", "shards", "container", "registry", "tensor_files"),
+    1: ("codecs", "kernels", "sharding", "checkpoint", "data", "results", "progress", "steps", "span_corruption"),
     2: ("models",),
     3: ("train", "calibrate", "encode", "scores", "allocate", "assemble", "evaluate", "export", "theory"),
-    4: ("pipeline", "workspace", "report", "pretrain", "runs", "main", "bench"),
+    4: ("pipeline", "workspace", "report", "pretrain", "runs", "main", "bench", "quantize", "language_model",
+        "inspection", "evaluation", "upcycling", "user_text", "options"),
 }
 LAYER = {name: layer for layer, names in LAYERS.items() for name in names}
 MEET_EACH_OTHER = (0, 4)  # the values, and the spine

@@ -157,11 +157,17 @@ def test_a_key_sees_stage_version_spec_and_inputs():
 # Values
 # ---------------------------------------------------------------------------------------------------------------------
 
-TABLE = artifacts.CostTable(cost=np.array([[1.5, 0.25]]), widths=(2, 4), score="frequency", units="nats")
+TABLE = artifacts.CostTable(cost=np.array([[[[1.5, 0.25]]]]), widths=(2, 4), score="frequency", units="nats",
+                            projections=("up",), sizes=(12,))
 PLAN = artifacts.Plan(bits=np.array([[1, 2]]), method="uniform", budget=1.5)
+STATS = artifacts.Stats(
+    tokens=np.array([[3, 0]]), gate_weight=np.ones((1, 2)), router_norm=np.ones((1, 2)), router_grad=np.ones((1, 2)),
+    moment_in=None, moment_mid=np.ones((1, 2, 1, 1), np.float32), grad_sq_gate=None, grad_sq_up=None, grad_sq_down=None,
+    total_tokens=3, batches=1)
 
 
-@pytest.mark.parametrize("value", [TABLE, PLAN, dataclasses.replace(PLAN, predicted=0.5, lower_bound=0.25)])
+@pytest.mark.parametrize("value", [
+    TABLE, PLAN, dataclasses.replace(PLAN, predicted=0.5, lower_bound=0.25, constraint="per_layer"), STATS])
 def test_a_value_comes_back_as_it_was(tmp_path: Path, value: artifacts.Saved):
   value.save(tmp_path / "value", "key")
   for expected in ("key", None):
@@ -191,32 +197,42 @@ def test_the_digest_of_a_value_sees_every_field():
   assert len({artifacts.digest_of(dataclasses.replace(PLAN, **change)) for change in changes}) == len(changes)
 
 
-def layer_codes() -> artifacts.LayerCodes:
+def layer_codes(names: tuple[str, ...] = artifacts.PROJECTIONS) -> artifacts.LayerCodes:
   rng = np.random.default_rng(0)
   shape = {"gate": (8, 4), "up": (8, 4), "down": (4, 8)}
   projection = lambda k, n: artifacts.Codes(
       rng.integers(0, 4, (2, 3, k, n)).astype(np.uint8), rng.normal(size=(2, 3, 1, n)).astype(ml_dtypes.bfloat16),
       rng.normal(size=(2, 3, 1, n)).astype(ml_dtypes.bfloat16))
   errors = {"weight": rng.random((3, 3, 2)), "norm": rng.random((3, 3))}
-  return artifacts.LayerCodes(**{name: projection(*kn) for name, kn in shape.items()}, errors=errors)
+  return artifacts.LayerCodes({name: projection(*kn) for name, kn in shape.items() if name in names}, errors)
 
 
-def test_codes_come_back_with_their_types_and_equal_bytes(tmp_path: Path):
-  codes = layer_codes()
+@pytest.mark.parametrize("names", [("gate", "up", "down"), ("up", "down")])
+def test_codes_come_back_with_their_types_and_equal_bytes(tmp_path: Path, names: tuple[str, ...]):
+  codes = layer_codes(names)
   codes.save(tmp_path / "one", "key")
   back = artifacts.LayerCodes.load(tmp_path / "one", "key")
-  for name in artifacts.PROJECTIONS:
-    for was, now in zip(getattr(codes, name), getattr(back, name), strict=True):
+  assert tuple(back.codes) == names
+  for name in names:
+    for was, now in zip(codes.codes[name], back.codes[name], strict=True):
       assert now.dtype == was.dtype
       np.testing.assert_array_equal(now, was)
-  assert back.gate.scale.dtype == ml_dtypes.bfloat16
+  assert back.codes["up"].scale.dtype == ml_dtypes.bfloat16
   assert {k: v.tolist() for k, v in back.errors.items()} == {k: v.tolist() for k, v in codes.errors.items()}
   back.save(tmp_path / "two", "key")
   assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
 
+def test_the_bits_of_every_projection():
+  assert PLAN.by_projection(2).tolist() == [[[1, 1], [2, 2]]]
+  finer = dataclasses.replace(PLAN, bits=np.array([[[1, 2], [3, 4]]]))
+  np.testing.assert_array_equal(finer.by_projection(2), finer.bits)
+  with pytest.raises(ValueError, match="plan uniform: has bits for 2 projections, the experts have 3"):
+    finer.by_projection(3)
+
+
 def test_a_plan_chooses_each_expert_at_its_width():
-  bank = layer_codes().up
+  bank = layer_codes().codes["up"]
   chosen = bank.choose(np.array([1, 0, 1]))
   for field, all_widths in zip(chosen, bank, strict=True):
     np.testing.assert_array_equal(field, np.stack([all_widths[1, 0], all_widths[0, 1], all_widths[1, 2]]))

@@ -37,7 +37,7 @@ def test_a_run_killed_twenty_times_ends_with_the_bytes_of_an_undisturbed_one(tmp
   expected = contents(tmp_path / "undisturbed")
   assert {"rows.jsonl", "report.json", "report.html", "report.md", "stats/stats.npz", "codes/layer-001.npz",
           "damage.npz", "errors.npz", "costs-damage.npz", "plan-uniform-2.5-draw1.json", "figures/loss.png",
-          "quantized-knapsack-fisher_error-2.5/model.moeq.safetensors"} <= set(expected)
+          "quantized-knapsack-fisher_error-2.5/moeq.json"} <= set(expected)
   assert len(expected["rows.jsonl"].splitlines()) == 14
 
   killed = [entry for entry in record if entry["exit"] == -signal.SIGKILL]

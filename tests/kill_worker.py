@@ -16,8 +16,9 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import ml_collections
 
@@ -26,7 +27,7 @@ from tests import tiny
 
 PHASES = ("part", "whole", "synced")  # how far a write has come: part of the bytes, all of them, all synced
 FILES = ("stats.npz", "layer-000.npz", "layer-001.npz", "damage.npz", "costs-damage.npz", "plan-random-2.5-draw1.json",
-         "rows.jsonl", "rows.jsonl", "model.moeq.safetensors", "report.json", "report.html")  # in the order of a run
+         "rows.jsonl", "rows.jsonl", "layer-00001.moeq.safetensors", "report.json", "report.html")  # in order
 METHODS = ("uniform", "random", "tiers(router_norm_change)", "knapsack(fisher_error)", "knapsack(damage)")
 
 
@@ -80,8 +81,8 @@ def partial(workdir: Path) -> set[str]:
   return {path.name for path in workdir.rglob(".*.partial") if path.stat().st_size}
 
 
-def attempt(root: Path, workdir: Path, kill: Kill, fraction: float) -> dict:
-  """Runs the comparison in a forked child; says how it ended, and which files it left half written."""
+def attempt(root: Path, workdir: Path, kill: Kill, fraction: float, config: Callable[..., Any] = config) -> dict:
+  """Runs `config(checkpoint)` in a forked child; says how it ended, and which files it left half written."""
   began, before = time.monotonic(), partial(workdir)
   child = os.fork()
   if not child:

@@ -42,9 +42,11 @@ class Project:
     shutil.copy(ROOT / "launch.sh", self.root)
     (self.root / "requirements.txt").write_text("one==1\n")
     (self.root / "requirements-assets.txt").write_text("two==2\n")
+    (self.root / "requirements-interop.txt").write_text("torch==1\n")
+    (self.root / "requirements-interop-assets.txt").write_text("model==1\n")
     self.environment = {"PATH": f"{self.tools}:/usr/bin:/bin", "HOME": str(folder), "LOG": str(self.log),
                         "PYTHONPATH": "elsewhere"}
-    for name in ("python3.13", "python3.12", "python3"):  # none of the machine's own is found
+    for name in ("python3.13", "python3.12", "python3.11", "python3"):  # none of the machine's own is found
       self.add(name, "exit 127")
 
   def add(self, name: str, text: str = "", version: str = "3, 12") -> None:
@@ -72,9 +74,9 @@ def project(tmp_path: Path) -> Project:
   return Project(tmp_path)
 
 
-def installed(project: Project, version: str = "3, 12") -> list[str]:
-  return [f"venv {version}", f"pip install --quiet -r {project.root}/requirements.txt",
-          f"pip install --quiet --no-deps -r {project.root}/requirements-assets.txt"]
+def installed(project: Project, version: str = "3, 12", name: str = "requirements") -> list[str]:
+  return [f"venv {version}", f"pip install --quiet -r {project.root}/{name}.txt",
+          f"pip install --quiet --no-deps -r {project.root}/{name}-assets.txt"]
 
 
 def test_the_environment_is_made_once(project: Project):
@@ -186,3 +188,80 @@ def test_two_launches_at_once_make_one_environment(project: Project):
   for process in first:
     process.communicate()
   assert project.made() == installed(project) or not shutil.which("flock")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The second environment
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def interop(project: Project, version: str = "3, 11") -> list[str]:
+  return installed(project, version, "requirements-interop")
+
+
+def test_interop_runs_its_checks_in_an_environment_of_its_own(project: Project, tmp_path: Path):
+  project.add("python3.12")
+  project.add("python3.11", version="3, 11")
+  status, out, _ = project.launch("interop", "-k", "a or b", cwd=tmp_path)
+  ours = f"--project-python={project.root}/.venv/bin/python"
+  assert (status, out) == (0, f"{project.root}|{project.root}|-m pytest -c tests/interop/pytest.ini {ours} -k a or b")
+  assert project.made() == installed(project) + interop(project)
+  assert project.launch("interop", STATUS="1")[0] == 1
+  assert project.made() == installed(project) + interop(project)
+  (project.root / "requirements-interop.txt").write_text("torch==2\n")
+  assert project.launch("test")[0] == 0
+  assert project.launch("interop")[0] == 0
+  assert project.made() == installed(project) + interop(project) * 2
+
+
+def test_the_ordinary_commands_do_not_make_it(project: Project):
+  project.add("python3.12")
+  for command in ("quickstart", "test", "run"):
+    assert project.launch(command)[0] == 0
+  assert project.made() == installed(project)
+
+
+def test_the_interpreter_of_interop_can_be_named(project: Project):
+  for name, version in (("python3.12", "3, 12"), ("python3.11", "3, 11"), ("mine", "3, 13")):
+    project.add(name, version=version)
+  project.launch("interop", MOEQ_INTEROP_PYTHON=str(project.tools / "mine"))
+  assert project.made() == installed(project) + interop(project, "3, 13")
+  assert project.launch("interop")[0] == 0  # whatever made it, it is there
+  assert len(project.made()) == 6
+  project.launch("interop", MOEQ_INTEROP_PYTHON="python3.11")
+  assert project.made()[6:] == interop(project, "3, 11")
+
+
+@pytest.mark.parametrize("named", ["mine", ""])
+def test_without_an_interpreter_interop_says_what_to_do_and_makes_nothing(project: Project, named: str):
+  project.add("python3.12")
+  project.launch("test")
+  project.add("mine", version="3, 14")
+  for name in ("python3.13", "python3.12", "python3"):
+    project.add(name, version="3, 10")
+  status, out, err = project.launch("interop", MOEQ_INTEROP_PYTHON=named)
+  assert (status, out) == (1, "")
+  assert "no Python 3.11, 3.12 or 3.13" in err and "set MOEQ_INTEROP_PYTHON" in err
+  assert ("MOEQ_INTEROP_PYTHON=mine is no Python" in err) == bool(named)
+  assert project.made() == installed(project) and not (project.root / ".venv-interop").exists()
+
+
+def test_a_killed_installation_of_interop_does_not_count(project: Project):
+  project.add("python3.12")
+  project.add("python3.11", version="3, 11")
+  project.launch("test")
+  process = project.start("interop", PIP_SECONDS="30")
+  while len(project.made()) < 4:
+    time.sleep(0.01)
+  os.killpg(process.pid, signal.SIGKILL)
+  process.communicate()
+  assert project.launch("interop")[0] == 0
+  assert project.made()[4:] == interop(project)
+  assert project.launch("test")[0] == 0
+  assert len(project.made()) == 7
+
+
+def test_no_check_of_interop_is_an_ordinary_test():
+  checks = [path.name for path in (ROOT / "tests" / "interop").glob("*.py")]
+  assert any(name.endswith("_check.py") for name in checks)
+  assert not [name for name in checks if name.endswith("_test.py")]

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from configs import quickstart
-from moeq_jax import artifacts, codecs, pipeline, registry, results, workspace
-from moeq_jax.allocate import methods
+from moeq_jax import artifacts, codecs, pipeline, registry, results, runs, workspace
+from moeq_jax.allocate import constraints, methods
 from moeq_jax.assemble import apply
 from moeq_jax.calibrate import statistics
 from moeq_jax.encode import candidates
@@ -23,7 +23,8 @@ from tests import tiny
 SHAPE = 2, tiny.CONFIG.num_local_experts
 SUBJECT = types.SimpleNamespace(
     digest="model", dtype="float32", shape=SHAPE, top=None, blocks=[0, 1], config=tiny.CONFIG, others={},
-    functions=types.SimpleNamespace(experts=lambda block: block), files=dict, expert_weights=lambda: 3 * 64 * 96)
+    functions=types.SimpleNamespace(experts=lambda block: block, sparse=lambda block: True),
+    sparse_blocks=lambda: [0, 1], files=dict, expert_weights=lambda: 12 * 3 * 64 * 96)
 TEXT = workspace.Text(calibration=tiny.tokens(2), damage=tiny.tokens(1), evaluation=tiny.tokens(1),
                       domains=np.array(["wiki"] * 4), tokens_per_byte={"wiki": 0.5}, digest="text")
 CODEC = codecs.get("rtn(group=32)")
@@ -56,7 +57,7 @@ def made(monkeypatch) -> list[str]:
     names.append(f"layer {block}")
     bank = artifacts.Codes(*(np.full((1, 1, 1, 1), len(names), t) for t in (np.uint8, np.uint16, np.uint16)))
     errors = {field: np.zeros((6, 3, 1)) for field in ("weight", "output", "fisher")} | {"norm": np.ones((6, 3))}
-    return artifacts.LayerCodes(bank, bank, bank, errors)
+    return artifacts.LayerCodes(dict.fromkeys(artifacts.PROJECTIONS, bank), errors)
 
   def harm(*_, **__) -> damage.Damage:
     names.append("damage")
@@ -159,7 +160,7 @@ def test_experts_without_tokens_are_logged(run, made, caplog):
 
 
 def plan(method: str, bits: int = 2, budget: float = 2.0) -> methods.Candidate:
-  return methods.Candidate(artifacts.Plan(np.full(SHAPE, bits), method, budget), "uniform")
+  return methods.Candidate(artifacts.Plan(np.full(SHAPE, bits), method, budget), method.partition("(")[0])
 
 
 FOUND = [plan("uniform"), plan("random"), plan("knapsack(fisher_error)"), plan("knapsack(damage)")]
@@ -175,13 +176,18 @@ def measured(monkeypatch) -> list[str]:
   """The plans that were evaluated; a row tells the bits of its plan."""
   names: list[str] = []
 
-  def evaluate(subject, text, layers, codec, candidate, against, widths) -> dict[str, Any]:
+  def evaluate(subject, text, layers, codec, candidate, against, widths) -> tuple[dict[str, Any], np.ndarray]:
     names.append(candidate.plan.method)
-    return candidate.as_row() | {"loss": float(candidate.plan.bits.mean()), "codec": str(codec)}
+    bits = float(candidate.plan.bits.mean())
+    return candidate.as_row() | {"loss": bits, "codec": str(codec)}, LOSSES[candidate.plan.method] + bits
 
   monkeypatch.setattr(perplexity, "reference", lambda *_: perplexity.Reference([], [], np.array([1.0, 2, 3, 4])))
   monkeypatch.setattr(pipeline, "evaluate", evaluate)
   return names
+
+
+LOSSES = {"uniform": np.array([1.0, 2.0, 3.0, 4.0]), "random": np.array([1.1, 2.0, 3.5, 4.0]),
+          "knapsack(fisher_error)": np.array([0.9, 1.9, 3.0, 3.7]), "knapsack(damage)": np.array([0.5, 1.5, 2.5, 3.5])}
 
 
 def measure(run: workspace.Workdir, config: ml_collections.ConfigDict, found: list = FOUND, **changes: Any) -> bytes:
@@ -191,15 +197,45 @@ def measure(run: workspace.Workdir, config: ml_collections.ConfigDict, found: li
   return (run.path / "rows.jsonl").read_bytes()
 
 
+@pytest.mark.parametrize(("name", "other"), [("rows", "losses"), ("losses", "rows")])
 @pytest.mark.parametrize("kept", range(6))
-def test_a_run_that_was_killed_measures_only_what_is_missing(run, config, measured, kept: int):
-  whole = measure(run, config)
-  lines = whole.splitlines(keepends=True)
+def test_a_run_that_was_killed_measures_only_what_is_missing(run, config, measured, kept: int, name: str, other: str):
+  measure(run, config)
+  path, beside = run.path / f"{name}.jsonl", run.path / f"{other}.jsonl"
+  whole = path.read_bytes(), beside.read_bytes()
+  lines = whole[0].splitlines(keepends=True)
   assert len(lines) == 5 and len(measured) == 4
-  (run.path / "rows.jsonl").write_bytes(b"".join(lines[:kept]))
+  path.write_bytes(b"".join(lines[:kept]))
   measured.clear()
-  assert measure(run, config) == whole
+  measure(run, config)
+  assert (path.read_bytes(), beside.read_bytes()) == whole
   assert measured == [c.plan.method for c in FOUND][max(kept - 1, 0):]
+
+
+def draws(budget: float) -> list[methods.Candidate]:
+  """Two draws of uniform plans and a knapsack."""
+  uniform = [artifacts.Plan(np.full(SHAPE, bits), "uniform", budget) for bits in (2, 4)]
+  best = artifacts.Plan(np.full(SHAPE, 3), "knapsack(damage)", budget)
+  return [*(methods.Candidate(p, "uniform", i) for i, p in enumerate(uniform)), methods.Candidate(best, "knapsack")]
+
+
+def test_rows_carry_the_paired_difference_from_uniform_widths(run, config, measured):
+  measure(run, config, [*FOUND[:1], *draws(3.0), *FOUND[1:]])
+  rows = {row["id"]: row for row in results.read(run.path / "rows.jsonl")}
+  for c in FOUND[1:]:  # all at 2 bits
+    difference = LOSSES[c.plan.method] - LOSSES["uniform"]
+    expected = difference.mean(), 1.96 * difference.std(ddof=1) / 2
+    assert (rows[c.file_name()]["vs_uniform"], rows[c.file_name()]["vs_uniform_ci95"]) == pytest.approx(expected)
+  assert rows["knapsack-damage-3"]["vs_uniform"] == pytest.approx(-0.5)  # 3 bits against the mean of draws of 2 and 4
+  assert rows["knapsack-damage-3"]["vs_uniform_ci95"] == pytest.approx(0, abs=1e-12)
+  assert all(rows[name]["vs_uniform"] is None for name in ("full", "uniform-2", "uniform-3-draw0"))
+  kept = {row["id"]: results.numbered(row, "sequence_").tolist() for row in results.read(run.path / "losses.jsonl")}
+  assert list(kept) == list(rows) and kept["full"] == [1, 2, 3, 4] and kept["uniform-3-draw1"] == [5, 6, 7, 8]
+
+
+def test_without_uniform_plans_there_is_no_difference_from_them(run, config, measured):
+  measure(run, config, [*FOUND[1:], FOUND[0]])
+  assert {row["vs_uniform"] for row in results.read(run.path / "rows.jsonl")} == {None}
 
 
 @pytest.mark.parametrize("change", [
@@ -211,7 +247,8 @@ def test_rows_of_another_input_plan_or_order_are_measured_again(run, tmp_path, c
   before = measure(run, config)
   measured.clear()
   after = measure(run, config, **change)
-  assert len(measured) == len(change.get("found", FOUND)) and "rows.jsonl was made from something else" in caplog.text
+  assert len(measured) == len(change.get("found", FOUND))
+  assert all(f"{name}.jsonl was made from something else" in caplog.text for name in ("rows", "losses"))
   assert after == measure(workspace.Workdir(tmp_path / "fresh"), config, **change) != before
 
 
@@ -254,8 +291,18 @@ def test_export_writes_what_is_named_and_warns_of_what_is_not_there(run, config,
   assert "no plan uniform at 2.5 bits" in caplog.text
 
 
+def test_export_sorts_tensors_by_block_and_knows_dense_blocks():
+  others = {"model.norm.weight": 1, "model.layers.1.self_attn.q_proj.weight": 2,
+            "model.layers.0.input_layernorm.weight": 3}
+  subject = changed(SUBJECT, others=others, functions=types.SimpleNamespace(sparse=lambda block: block == 1))
+  experts, blocks, top = pipeline._by_block(subject, ["packed"])
+  assert experts == [{}, "packed"] and top == {"model.norm.weight": 1}
+  assert blocks == [{"model.layers.0.input_layernorm.weight": 3}, {"model.layers.1.self_attn.q_proj.weight": 2}]
+
+
 @pytest.mark.parametrize(("field", "value", "said"), [
     ("codec", "gtpq(group=64)", "did you mean 'gptq'"), ("codec", "rtn(group=48)", "group=48"),
+    ("codec", "rtn(grid=ct)", "one bit on the grid 'ct'"),
     ("methods", ("uniform", "knapsack(fisher_eror)"), "did you mean 'fisher_error'"),
     ("methods", ("tiers",), "takes one score"), ("scores", ("router_nrom",), "did you mean 'router_norm'"),
     ("budgets", (2.0, 0.5), "raise the budget"), ("budgets", (5.0,), "out of the possible range"),
@@ -273,6 +320,14 @@ def test_the_width_of_damage_must_be_encoded(config):
   config.damage.update(sequences=8, bits=8)
   with pytest.raises(ValueError, match="config.damage.bits=8 is not one of"):
     pipeline.check(config)
+
+
+def test_the_experiment_on_constraints_has_every_constraint():
+  config = runs.load_config("experiments/constraints.py")
+  pipeline.check(config)
+  module = runs.load_module(runs.find_config("experiments/constraints.py"))
+  assert set(module.CONSTRAINTS) == set(constraints.CONSTRAINTS)
+  assert len(config.methods) == 1 + 2 * len(constraints.CONSTRAINTS)
 
 
 @pytest.mark.parametrize("arg", [None, "smoke"])

@@ -110,7 +110,7 @@ def test_every_path_exists():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_exists(command: str):
   name, *arguments = [*shlex.split(command)[1:], ""] if " " in command else ["quickstart"]
-  assert name in (*main.COMMANDS, "test")
+  assert name in (*main.COMMANDS, "test", "interop")
   if name == "bench":
     assert arguments[0] in main.bench_names()
   configs = [a.removeprefix("--config=") for a in arguments if a.startswith("--config=configs/")]
@@ -120,9 +120,11 @@ def test_every_command_exists(command: str):
 
 def test_every_bench_and_every_override_exists():
   assert set(re.findall(r"`(?:\./launch\.sh )?bench (\w+)", README)) == set(main.bench_names())
-  overrides = re.findall(r"`(--config\.[^`]*)`", README)
-  assert overrides
-  runs.load_config("configs/quickstart.py", overrides)
+  own = section("Quantize your own checkpoint")
+  for config, text in (("configs/quantize.py", own), ("configs/quickstart.py", README.replace(own, ""))):
+    overrides = [" ".join(shlex.split(found)) for found in re.findall(r"`(--config\.[^`]*)`", text)]
+    assert overrides
+    runs.load_config(config, overrides)
 
 
 def test_every_codec_and_every_public_name_exists():
@@ -133,17 +135,17 @@ def test_every_codec_and_every_public_name_exists():
 
 
 def test_the_snippet_in_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-  snippet = next(b for b in BLOCKS if "import moeq_jax\n" in b)
+  snippet = next(b for b in BLOCKS if "native.open(" in b)
   config = runs.load_config("configs/quickstart.py")
   method, budget = config.export[0]
   directory = Path("runs/quickstart") / f"quantized-{registry.filename(method)}-{budget:g}"
-  assert f'"{directory / native.FILE}"' in snippet
+  assert f'native.open("{directory}")' in snippet
 
   layers, _ = tiny.encoded()
   bits = np.array([1, 2, 3, 4, 1, 2])
   packed = [apply.pack_layer(layer, bits, widths=tiny.WIDTHS, group=32) for layer in layers]
   monkeypatch.chdir(tmp_path)
-  native.save(directory, packed, {}, {}, {})
+  native.save(directory, packed, [{}] * len(packed), {}, {"config.json": b"{}"}, {"codec": "rtn(group=32)"})
   names: dict[str, Any] = {
       "cost": np.array([[4.0, 1.0], [3.0, 0.0]]), "weight": np.array([[1, 2], [1, 2]]), "budget": 3,
       "x": np.random.default_rng(0).normal(size=(6, 64)).astype(np.float32), "group_sizes": np.ones(6, np.int32)}

@@ -55,6 +55,14 @@ def test_headline_compares_the_best_with_uniform():
   ]
 
 
+def test_headline_gives_the_paired_difference_where_rows_have_it():
+  rows = [_row("uniform", "uniform", 2.0, 0.16)]
+  rows += [_row("k", "knapsack", 2.0, 0.08, vs_uniform=-0.08, vs_uniform_ci95=0.01)]
+  assert _headline(rows)[0].endswith(
+    "Both take 2.50 effective bits. Paired over sequences, the difference is -0.0800 ± 0.0100."
+  )
+
+
 def test_headline_says_where_sizes_differ_and_intervals_overlap():
   rows = [_row("uniform", "uniform", 2.0, 0.16), _row("knapsack(a)", "knapsack", 2.0, 0.155, effective_bits=2.4)]
   assert _headline(rows)[0].endswith(
@@ -139,6 +147,23 @@ def test_the_bit_map_shows_each_expert_its_bits():
   assert all(np.diff(brightness) < 0)  # darker with more bits
   for mean in bits.mean(1):
     assert f">{mean:.2f}<" in picture.svg
+
+
+def test_a_map_of_projections_has_a_row_for_each_in_every_layer():
+  bits = np.random.default_rng(2).integers(1, 5, (4, 8, 3))
+  plans = [{"method": "m", "budget": 2.0, "bits": bits.tolist()}, {"method": "n", "budget": 2.0, "bits": [[4] * 8] * 4}]
+  picture = maps.bit_maps(plans, [1, 2, 3, 4], 2.0)
+  encoded = re.findall(r"data:image/png;base64,\s*([^\"]+)", picture.svg)
+  pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded[0]))).convert("RGB")).astype(int)
+  shown = bits.swapaxes(1, 2).reshape(12, 8)
+  assert len(encoded) == 2 and pixels.shape[:2] == shown.shape
+  brightness = [pixels[shown == b].sum(1) for b in (1, 2, 3, 4)]
+  assert all(np.ptp(b) == 0 for b in brightness) and all(np.diff([b[0] for b in brightness]) < 0)
+  for mean in bits.mean((1, 2)):
+    assert f">{mean:.2f}<" in picture.svg
+  assert "gate, up and down in this order" in picture.caption
+  with pytest.raises(ValueError, match=r"bits of 'm' have shape \(1, 1, 1, 1\)"):
+    maps.bit_maps([{"method": "m", "budget": 2.0, "bits": [[[[1]]]]}], [1], 2.0)
 
 
 def test_budgets_of_the_maps():

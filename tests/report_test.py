@@ -85,11 +85,12 @@ def _row(method: str, family: str, budget: float | None, increase: float, **more
   row = {
     "id": f"{method}-{budget}-{more.get('draw')}", "method": method, "family": family, "codec": "rtn(group=64)",
     "group": 64, "budget": budget, "nominal_bits": bits, "effective_bits": bits + 0.5,
-    "stored_bits": (bits + 0.5) * 1.01,
-    "file_mb": 6.5 + 2 * bits, "loss": loss, "perplexity": float(np.exp(loss)), "loss_code": loss - 0.4,
+    "stored_bits": (bits + 0.5) * 1.01, "file_mb": 6.5 + 2 * bits, "loss": loss,
+    "perplexity": float(np.exp(loss)), "loss_code": loss - 0.4,
     "loss_wiki": loss + 1.1, "nats_per_byte_code": loss / 4, "nats_per_byte_wiki": loss / 3.5, "loss_delta": increase,
     "loss_delta_ci95": 0.002 + 0.04 * increase, "kl": 1.1 * increase, "router_agreement": 1 - increase,
     "predicted": None, "lower_bound": None, "gap": None, "draw": None, "seed": 0, "config_hash": "9f31c27a",
+    "vs_uniform": None, "vs_uniform_ci95": None,
   }  # fmt: skip
   return row | more
 
@@ -108,7 +109,8 @@ def _rows() -> list[dict]:
       for draw in range(5) if drawn else (None,):
         increase = float(uniform * factor * (1 + 0.03 * rng.standard_normal()))
         predicted = 0.8 * increase if family == "knapsack" else None
-        rows.append(_row(method, family, budget, increase, draw=draw, predicted=predicted))
+        rows.append(_row(method, family, budget, increase, draw=draw, predicted=predicted, vs_uniform_ci95=0.01,
+                         vs_uniform=None if family == "uniform" else increase - uniform))
   return rows
 
 
@@ -210,9 +212,11 @@ def test_the_numbers_of_the_rows_are_in_the_table(page):
       mean = {name: np.mean([row[name] for row in rows]) for name in rows[0] if isinstance(rows[0][name], float)}
       increases = [row["loss_delta"] for row in rows]
       ranged = f"{min(increases):.4f} to {max(increases):.4f} (5)"
+      against = f"{np.mean(increases) - UNIFORM_INCREASE[budget]:+.4f}" + (" ± 0.0100" if len(rows) == 1 else "")
       assert lines[method][1:] == [
         f"{mean['nominal_bits']:.3f}", f"{mean['effective_bits']:.3f}", f"{mean['file_mb']:.2f}", f"{mean['loss']:.4f}",
         f"{mean['loss_delta']:+.4f}", ranged if len(rows) == 5 else f"± {mean['loss_delta_ci95']:.4f}",
+        "–" if method == "uniform" else against,
         f"{mean['perplexity']:.3f}", f"{mean['kl']:.4f}", f"{100 * mean['router_agreement']:.1f}%",
       ]  # fmt: skip
   assert groups["full precision"][0][:5] == ["full", "16.000", "16.000", "38.50", "3.0571"]
@@ -289,9 +293,9 @@ def test_figures_are_on_the_page_and_beside_it(page, workdir):
 def test_markdown_has_the_same_table(page, workdir):
   lines = [line for line in (workdir / "report.md").read_text().splitlines() if line.startswith("|")]
   cells = [[cell.strip(" *`") for cell in line.strip("|").split("|")] for line in lines[2:]]
-  assert {line[0]: line[1:10] for line in cells if line[0] == "full"}["full"] == page.tables["results-table"][2][1:]
+  assert {line[0]: line[1:11] for line in cells if line[0] == "full"}["full"] == page.tables["results-table"][2][1:]
   wanted = [line for line in page.tables["results-table"][1:] if len(line) > 1]
-  assert [line[:10] for line in cells if any(line[1:])] == wanted
+  assert [line[:11] for line in cells if any(line[1:])] == wanted
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -317,7 +321,7 @@ def test_a_single_row_without_intervals_makes_a_page(tmp_path):
   assert "At 2.0 bits only uniform was tried, which adds 0.1600 nats per token." in page.text.replace(" ,", ",")
   assert "There is no row in full precision." in page.text and "1 row has no confidence interval." in page.text
   line = _groups(page.tables["results-table"])["2.0 bits asked"][0]
-  assert line[5:] == ["+0.1600", "–", f"{row['perplexity']:.3f}", "–", "84.0%"]
+  assert line[5:] == ["+0.1600", "–", "–", f"{row['perplexity']:.3f}", "–", "84.0%"]
 
 
 def test_damage_without_scores_and_rows_of_two_configs_are_pointed_out(tmp_path):
@@ -373,21 +377,17 @@ def test_equal_input_gives_equal_bytes_also_in_another_process(tmp_path):
   code = "import sys; from moeq_jax import report; report.write(sys.argv[1])"
   subprocess.run(
     [sys.executable, "-c", code, str(there)], cwd=Path(report.__file__).parents[2], check=True,
-    env=os.environ | {"PYTHONHASHSEED": "7", "TZ": "Asia/Tokyo"},
-  )  # fmt: skip
+    env=os.environ | {"PYTHONHASHSEED": "7", "TZ": "Asia/Tokyo"})
   for path, content in first.items():
     assert path.read_bytes() == content, path
     assert (there / path.relative_to(here)).read_bytes() == content, path
 
 
-@pytest.mark.parametrize(
-  ("change", "words"),
-  [
+@pytest.mark.parametrize(("change", "words"), [
     ({"scores": {"bad_one": [[1.0, 2.0]]}}, r"score 'bad_one' has shape \(1, 2\), damage \(2, 4\)"),
     ({"damage": {"mean": [[1.0]], "stderr": [[1.0, 2.0]], "bits": 2, "tokens": 1}}, r"damage\.mean has shape \(1, 1\)"),
     ({"plans": [{"method": "flat", "budget": 2.0, "bits": [1, 2]}]}, r"bits of 'flat' have shape \(2,\)"),
-  ],
-)
+])
 def test_arrays_that_do_not_fit_are_named(tmp_path, change, words):
   artifacts.write_json(tmp_path / "report.json", _data(2, 4) | {"plans": []} | change)
   with pytest.raises(ValueError, match=words):

@@ -130,8 +130,7 @@ def logits(experts: list[dict[str, Any]]) -> np.ndarray:
 def decoded(codes: artifacts.LayerCodes, bits: Any, group: int = 32) -> dict[str, np.ndarray]:
   """A layer's experts after quantization to `bits` (`[E]` or one for all), `[E, K, N]` float64, by numpy alone."""
   out = {}
-  for name in artifacts.PROJECTIONS:
-    bank = getattr(codes, name)
+  for name, bank in codes.codes.items():
     index = np.searchsorted(WIDTHS, np.broadcast_to(bits, bank.codes.shape[1]))
     q, scale, zero = (np.asarray(field, np.float64) for field in bank.choose(index))
     rows = q.shape[1]
@@ -229,7 +228,7 @@ def forward(batch: np.ndarray, experts: Any = None, seed: int = 0) -> tuple[np.n
   h = embedding[batch]
   for index, block in enumerate(tree.blocks):
     h = h + _attention(_norm(h, block.attention_norm.get_value()), block.attention)
-    rows = _norm(h, block.moe_norm.get_value()).reshape(-1, h.shape[-1])
+    rows = _norm(h, block.ffn_norm.get_value()).reshape(-1, h.shape[-1])
     own = experts[index] if experts else functions().experts(block)
     gate, up, down = (np.asarray(own[name], np.float64) for name in artifacts.PROJECTIONS)
     logits = rows @ np.asarray(block.moe.router.get_value(), np.float64).T

@@ -5,6 +5,10 @@
   tiers(SCORE, levels=2)           the paper's rule: counts by budget, order by score, re-ranked by MaxVar
   knapsack(SCORE)                  least total cost over the whole model
 
+The knapsack takes two options: `constraint`, which cells share one width (see `constraints.py`), and `widths`, those of
+`config.widths` that it may use: `knapsack(output_error, constraint=per_layer, widths=(2, 4))`. The other methods give
+one width to an expert.
+
 Scores and costs arrive as functions of the score's spec, because stages do not import each other.
 """
 
@@ -17,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from moeq_jax import artifacts, codecs, registry
-from moeq_jax.allocate import problem, tiers
+from moeq_jax.allocate import constraints, problem, tiers
 
 MAX_VAR = {"paper": "max_var", "code": "max_var(variant='code')"}
 
@@ -29,7 +33,6 @@ class Inputs:
   Attributes:
     widths: candidate bits, ascending.
     shape: `(L, E)`.
-    weights: weights of one expert.
     cost: spec of a score -> its `CostTable`.
     sensitivity: spec of a score -> `[L, E]`, higher = more sensitive by the claim of its source.
     draws: plans of a random method.
@@ -38,7 +41,6 @@ class Inputs:
 
   widths: tuple[int, ...]
   shape: tuple[int, int]
-  weights: int
   cost: Callable[[str], artifacts.CostTable]
   sensitivity: Callable[[str], np.ndarray]
   draws: int
@@ -74,8 +76,8 @@ class Candidate:
     gap = (plan.predicted - plan.lower_bound) / plan.predicted if certified else None
     return {
         "id": self.file_name(), "method": plan.method, "family": self.family, "budget": plan.budget, "draw": self.draw,
-        "plan": artifacts.digest(plan.bits), "predicted": plan.predicted if nats else None,
-        "lower_bound": plan.lower_bound if nats else None, "gap": gap,
+        "constraint": plan.constraint, "plan": artifacts.digest(plan.bits), "cost": plan.predicted,
+        "predicted": plan.predicted if nats else None, "lower_bound": plan.lower_bound if nats else None, "gap": gap,
     }
 
 
@@ -138,9 +140,18 @@ def _tiers(score: str, budget: float, inputs: Inputs, *, levels: int = 2, varian
   return [Candidate(artifacts.Plan(bits, method, budget), "tiers")]
 
 
-def _knapsack(score: str, budget: float, inputs: Inputs) -> list[Candidate]:
+def _knapsack(score: str, budget: float, inputs: Inputs, *, constraint: str = constraints.DEFAULT,
+              widths: Sequence[int] | None = None) -> list[Candidate]:
+  if widths is not None and not (isinstance(widths, tuple | list) and all(isinstance(w, int) for w in widths)):
+    raise ValueError(f"knapsack: widths={widths!r} are no bit numbers; write them like (2, 4)")
   table = inputs.cost(score)
-  plan = problem.plan(table, budget, inputs.shape, inputs.weights)
+  options = {}
+  if constraint != constraints.DEFAULT:
+    options["constraint"] = constraint
+  if widths is not None:
+    table = constraints.restricted(table, widths)
+    options["widths"] = table.widths
+  plan = problem.plan(table, budget, constraint, str(registry.Spec("knapsack", (table.score,), options)))
   family = "measured" if registry.parse(score).name == "damage" else "knapsack"
   return [Candidate(plan, family, units=table.units)]
 
@@ -165,8 +176,10 @@ def check(specs: Sequence[str], budgets: Sequence[float], widths: Sequence[int])
     raise ValueError(f"config.widths={tuple(widths)}: no codec encodes {unknown} bits; choose from {codecs.WIDTHS}")
   for budget in budgets:
     problem.check_budget(budget, widths)
-  free = functools.partial(artifacts.CostTable, np.zeros((2, len(widths))), tuple(widths), units="arbitrary")
-  rehearsal = Inputs(tuple(widths), (1, 2), 1, cost=free, sensitivity=lambda score: np.zeros((1, 2)), draws=1, seed=0)
+  names = artifacts.PROJECTIONS
+  free = functools.partial(artifacts.CostTable, np.zeros((1, 2, len(names), len(widths))), tuple(widths),
+                           units="arbitrary", projections=names, sizes=(1,) * len(names))
+  rehearsal = Inputs(tuple(widths), (1, 2), cost=free, sensitivity=lambda score: np.zeros((1, 2)), draws=1, seed=0)
   for spec in specs:
     for budget in budgets:
       candidates(spec, budget, rehearsal)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moeq_jax import artifacts
-from moeq_jax.allocate import knapsack, tiers
+from moeq_jax.allocate import constraints, knapsack, tiers
 
 
 class Problem(NamedTuple):
@@ -76,59 +76,45 @@ def check_budget(average: float, widths: Sequence[int]) -> None:
                      f"{widths[-1]}] of widths {tuple(widths)}; lower the budget or add a larger width")
 
 
-def build(table: artifacts.CostTable, average: float, sizes: int | np.ndarray) -> Problem:
-  """The knapsack instance of a cost table.
+def build(tied: constraints.Tied, widths: Sequence[int], average: float) -> Problem:
+  """The knapsack instance of tied costs.
 
   Args:
-    table: costs of U units at W widths.
-    average: nominal bits per weight that may be spent.
-    sizes: weights of each unit, `[U]`, or one number for equal units.
-
-  Raises:
-    ValueError: an impossible budget, a cost that is not finite (names score, unit and width), or shapes that do not
-      fit.
+    tied: costs and sizes of U units.
+    widths: `[W]` candidate bits.
+    average: nominal bits per weight that may be spent, possible with `widths`.
   """
-  check_budget(average, table.widths)
-  if table.cost.ndim != 2 or table.cost.shape[1] != len(table.widths):
-    raise ValueError(f"cost table {table.score}: cost has shape {table.cost.shape}, not (units, {len(table.widths)})")
-  sizes = unit_sizes(sizes, len(table.cost))
-  for unit, choice in np.argwhere(~np.isfinite(table.cost))[:1]:
-    raise ValueError(f"cost table {table.score}: unit {unit} at {table.widths[choice]} bits costs "
-                     f"{table.cost[unit, choice]}; costs must be finite, check the score's inputs for that unit")
-  weight = sizes[:, None] * np.array(table.widths, np.int64)[None]
-  return Problem(np.asarray(table.cost, np.float64), weight, budget_bits(average, sizes))
+  weight = unit_sizes(tied.sizes, len(tied.cost))[:, None] * np.array(widths, np.int64)[None]
+  return Problem(tied.cost, weight, budget_bits(average, tied.sizes))
 
 
-def plan(
-  table: artifacts.CostTable, average: float, shape: tuple[int, int], sizes: int | np.ndarray, method: str | None = None
-) -> artifacts.Plan:
+def plan(table: artifacts.CostTable, average: float, constraint: str = constraints.DEFAULT,
+         method: str | None = None) -> artifacts.Plan:
   """The plan of least total cost, exact over all layers, with its certificate.
 
   Args:
-    table: costs, units in (layer, expert) order.
+    table: costs of every cell.
     average: nominal bits per weight that may be spent.
-    shape: `(L, E)`.
-    sizes: weights of each unit, `[U]`, or one number for equal units.
+    constraint: which cells share one width.
     method: the plan's name; by default `knapsack(SCORE)`.
 
   Raises:
-    ValueError: see `build`; or `shape` does not hold the table's units.
+    ValueError: an impossible budget, an unknown constraint, or a table that does not fit together.
   """
-  instance = build(table, average, sizes)
-  if len(instance.cost) != math.prod(shape):
-    raise ValueError(f"cost table {table.score} has {len(instance.cost)} units, not {shape[0]} layers x {shape[1]} "
-                     "experts")
-  solution = knapsack.solve(*instance)
-  bits = np.array(table.widths, np.int64)[solution.choice].reshape(shape)
-  return artifacts.Plan(bits, method or f"knapsack({table.score})", average, solution.value, solution.bound)
+  check_budget(average, table.widths)
+  tied = constraints.tie(table, constraint)
+  solution = knapsack.solve(*build(tied, table.widths, average))
+  bits = np.array(table.widths, np.int64)[solution.choice][tied.unit]
+  return artifacts.Plan(constraints.as_plan(bits, constraint), method or f"knapsack({table.score})", average,
+                        solution.value, solution.bound, constraint)
 
 
 def predicted(table: artifacts.CostTable, bits: np.ndarray) -> float:
   """The total cost of any plan under a cost table.
 
   Args:
-    table: costs, units in (layer, expert) order.
-    bits: `[L, E]`.
+    table: costs of every cell.
+    bits: `[L, E]` or `[L, E, P]`.
 
   Raises:
     ValueError: a width that the table does not hold.
@@ -136,8 +122,9 @@ def predicted(table: artifacts.CostTable, bits: np.ndarray) -> float:
   missing = sorted(set(np.ravel(bits).tolist()) - set(table.widths))
   if missing:
     raise ValueError(f"cost table {table.score} has widths {table.widths}, not {missing}")
-  choice = np.searchsorted(table.widths, np.ravel(bits))
-  return math.fsum(table.cost[np.arange(len(choice)), choice])
+  choice = np.searchsorted(table.widths, bits)
+  choice = np.broadcast_to(choice[..., None] if choice.ndim == 2 else choice, table.cost.shape[:3])
+  return math.fsum(np.take_along_axis(table.cost, choice[..., None], axis=3).flat)
 
 
 def uniform(

@@ -66,6 +66,7 @@ class Case:
 CASES = (
   Case("equal units", 4096, seeds=(0, 1, 2, 3, 4)),
   Case("48 x 256 experts", 12288, seeds=(0, 1, 2)),
+  Case("48 x 256 x 3 matrices", 36864, seeds=(0, 1)),
   Case("sizes 2, 2, 7", 2048, sizes=(2, 2, 7), seeds=(0, 1)),
   Case("one in 64 of size 9", 4096, average=2.1, sizes=(1,) * 63 + (9,)),
   Case("widths 1, 2, 3, 4, 8", 2048, average=3.3, widths=(1, 2, 3, 4, 8)),

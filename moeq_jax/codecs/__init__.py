@@ -5,10 +5,12 @@
   encoded = encode(w, 2, moment)                                      # codes uint8, scale and zero bf16
   w_hat = codecs.decode(encoded, codec.group, rows=w.shape[-2])
 
-The format that all of them share is described in `grid.py`.
+The format that all of them share is described in `grid.py`. `gptq(grid=ct)` encodes to the symmetric integers that the
+compressed-tensors format keeps; the choice of the grid is made before encoding, not at export.
 """
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -45,15 +47,46 @@ class Codec:
     """Rows of K that share a scale; 0 = all."""
     return self.spec.group
 
-  def encode(self, w: jax.Array, bits: jax.Array | int, moment: jax.Array | None = None) -> Encoded:
+  def check_widths(self, widths: Iterable[int]) -> None:
+    """Raises `ValueError` where this codec cannot encode one of `widths` to some use; names it and the remedy.
+
+    A traced width cannot be looked at, so whoever takes widths from a user asks here first.
+    """
+    if unknown := sorted(set(widths) - set(WIDTHS)):
+      raise ValueError(f"{self}: no codec encodes {unknown} bits; the widths are {WIDTHS}")
+    if self.spec.grid == "ct" and 1 in widths:
+      raise ValueError(f"{self}: one bit on the grid 'ct' is {{-1, 0}} times a scale, which has no positive weight; leave"
+                       " 1 out of the widths, or take the grid 'affine'")
+
+  @property
+  def needs_moment(self) -> bool:
+    """Whether `encode` looks at the inputs of what it encodes."""
+    return hasattr(TABLE[self.name], "factorise")
+
+  def factorise(self, moment: jax.Array) -> jax.Array:
+    """What `encode` makes of a moment `[K, K]` before it looks at weights: the same for all widths, all columns and all
+    matrices with these inputs. Only where `needs_moment`; pure."""
+    return TABLE[self.name].factorise(moment, self.spec)
+
+  def encode(self, w: jax.Array, bits: jax.Array | int, moment: jax.Array | None = None,
+             factor: jax.Array | None = None) -> Encoded:
     """Encodes one matrix; pure, to be jitted and vmapped by the caller.
+
+    Columns do not depend on each other: a slab of them is encoded to the same bits as within the whole matrix.
 
     Args:
       w: `[K, N]` float32, finite (see `check_finite`).
       bits: int32 scalar in `WIDTHS`; may be traced.
       moment: `[K, K]` float32, sum over tokens of `x x^T`; GPTQ needs it, the others ignore it.
+      factor: what `factorise` made of the moment, in its place.
+
+    Raises:
+      ValueError: see `check_widths`, where `bits` is a plain number; or GPTQ without a moment.
     """
-    return TABLE[self.name].encode(w, bits, moment, self.spec)
+    if isinstance(bits, int):
+      self.check_widths((bits,))
+    given = {} if factor is None else {"factor": factor}
+    return TABLE[self.name].encode(w, bits, moment, self.spec, **given)
 
   def __str__(self) -> str:
     """The spec string: the group, and what differs from the defaults."""

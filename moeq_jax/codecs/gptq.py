@@ -17,7 +17,8 @@ squares answer of all the group's rows to the errors so far:
   w_group + (R_group,group)^-T (R_before,group)^T e_before                                           (2)
 
 Feedback runs inside blocks at every width. The sum in (1) is split: rows before the block enter by one matrix product
-when the block starts, rows inside it one at a time. Neither the size of a block nor the split changes the result.
+when the block starts, rows inside it one at a time. Neither the size of a block nor the split changes the result. Where
+K is large, matrices are cut once more, into panels: what came before a panel enters it by one large product.
 
 An input that no token excites has a zero row and column in M; after damping it neither gives nor takes corrections, and
 its weights are rounded to nearest, never set to zero. Where M is all zero (an expert without tokens) this holds for
@@ -25,6 +26,7 @@ every row, and the codes are those of `rtn`.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +35,7 @@ from moeq_jax.codecs import grid
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 _DAMPING_GROWTH, _DAMPING_LIMIT = 10.0, 1e3
+PANEL = 2048  # rows, about: whole groups and blocks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,57 +47,111 @@ class Spec:
     damping: added to the diagonal of the moment, as a share of the mean diagonal; grows tenfold until the moment can be
       factorised.
     block: rows that are corrected one by one before the next matrix product; a group is cut into blocks of this size.
+    grid: `affine`, or `ct`, the symmetric integers of the compressed-tensors format.
   """
 
   group: int = 64
   damping: float = 0.01
   block: int = 128
+  grid: str = "affine"
 
   def __post_init__(self) -> None:
     grid.check_group(self.group)
+    grid.check_kind(self.grid)
     if not 0 < self.damping <= 1:
       raise ValueError(f"damping={self.damping} is not in (0, 1]")
     if self.block < 1 or self.group % min(self.block, self.group or self.block):
       raise ValueError(f"block={self.block} does not divide group={self.group}")
 
 
-def encode(w: jax.Array, bits: jax.Array, moment: jax.Array | None, spec: Spec) -> grid.Encoded:
+def encode(w: jax.Array, bits: jax.Array, moment: jax.Array | None, spec: Spec,
+           factor: jax.Array | None = None) -> grid.Encoded:
   """Encodes one matrix; jittable, and vmappable over experts.
 
   Args:
     w: `[K, N]` float32, finite.
     bits: int32 scalar in `grid.WIDTHS`; may be traced.
-    moment: `[K, K]` float32, the sum over tokens of `x x^T`; its scale does not matter.
+    moment: `[K, K]` float32, the sum over tokens of `x x^T`; its scale does not matter. Not read if `factor` is given.
     spec: static options.
+    factor: of the moment, by `factorise`; for callers that encode at several widths, or column by column.
 
   Raises:
     ValueError: `moment` is missing or of another shape than `[K, K]`.
   """
-  rows, columns = w.shape
-  if moment is None or moment.shape != (rows, rows):
-    found = "none" if moment is None else f"one of shape {moment.shape}"
-    raise ValueError(f"gptq needs the inputs' second moment [{rows}, {rows}], found {found}; calibrate, or use rtn")
-  block = min(spec.block, spec.group or rows)
-  slabs, valid = grid.split(w, spec.group or -(-rows // block) * block)
-  groups, size, _ = slabs.shape
-  factor = upper_factor(jnp.pad(moment, (0, groups * size - rows)), spec.damping, block)
+  rows = w.shape[0]
+  if factor is None:
+    if moment is None or moment.shape != (rows, rows):
+      found = "none" if moment is None else f"one of shape {moment.shape}"
+      raise ValueError(f"gptq needs the inputs' second moment [{rows}, {rows}], found {found}; calibrate, or use rtn")
+    factor = factorise(moment, spec)
+  size, block = _sizes(rows, spec)
+  slabs, valid = grid.split(w, size)
+  encoded, error = [], None
+  for first, last in _panels(slabs.shape[0], size):
+    panel = factor[:last * size, first * size:last * size]
+    before = None if error is None else jnp.matmul(panel[:first * size].T, error, precision=_HIGHEST)
+    mask = None if valid is None else valid[first:last]
+    own, parts = _encode_panel(slabs[first:last], mask, panel[first * size:], before, block, bits, spec)
+    error = own if error is None else jnp.concatenate([error, own])
+    encoded.append(parts)
+  return grid.join(*(jnp.concatenate(parts) for parts in zip(*encoded)), rows=rows)
 
-  def encode_group(error: jax.Array, group: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    index, x, mask = group
-    panel = jax.lax.dynamic_slice_in_dim(factor, index * size, size, axis=1)
-    square = jax.lax.dynamic_slice_in_dim(panel, index * size, size, axis=0)
-    if groups == 1:  # nothing came before
+
+def _sizes(rows: int, spec: Spec) -> tuple[int, int]:
+  """Rows of a group, padding included, and of a block."""
+  block = min(spec.block, spec.group or rows)
+  return spec.group or -(-rows // block) * block, block
+
+
+def _panels(count: int, size: int) -> list[tuple[int, int]]:
+  """Cuts `count` pieces of `size` rows into panels of whole pieces: the first piece of each, and the one after it."""
+  step = max(PANEL // size, 1)
+  return [(first, min(first + step, count)) for first in range(0, count, step)]
+
+
+def _encode_panel(slabs: jax.Array, valid: jax.Array | None, factor: jax.Array, before: jax.Array | None, block: int,
+                  bits: jax.Array, spec: Spec) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+  """Encodes a panel group by group.
+
+  Args:
+    slabs: `[G, g, N]`, the groups of the panel.
+    valid: `[G, g, 1]` bool, false on padding, or None.
+    factor: `[G g, G g]`, the panel's own part of R.
+    before: `[G g, N]`, the sum in (1) over the rows before the panel; None where there are none.
+    block: rows per block.
+    bits, spec: as for `encode`.
+
+  Returns:
+    errors `w - w_hat` `[G g, N]`; codes `[G, g, N]`, scale and zero `[G, 1, N]`, all float32.
+  """
+  groups, size, columns = slabs.shape
+  pulls = None if before is None else before.reshape(slabs.shape)
+
+  def encode_group(error: jax.Array, group: tuple[Any, ...]) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    index, x, mask, pull = group
+    panel = square = factor
+    if groups > 1:
+      panel = jax.lax.dynamic_slice_in_dim(factor, index * size, size, axis=1)
+      square = jax.lax.dynamic_slice_in_dim(panel, index * size, size, axis=0)
+    if groups == 1 and pull is None:  # nothing came before
       pull, state = jnp.zeros_like(x), x
     else:
-      pull = jnp.matmul(panel.T, error, precision=_HIGHEST)
+      inside = jnp.matmul(panel.T, error, precision=_HIGHEST)
+      pull = inside if pull is None else pull + inside
       state = x + _solve_lower(square.T, pull)
-    scale, zero = grid.search(state, mask, bits)
+    scale, zero = grid.SEARCH[spec.grid](state, mask, bits)
     codes, own = _encode_blocks(x, pull, square, block, (scale, zero, grid.top_code(bits)))
     return jax.lax.dynamic_update_slice_in_dim(error, own, index * size, axis=0), (codes, scale, zero)
 
   nothing = jnp.zeros((groups * size, columns), jnp.float32)
-  _, encoded = jax.lax.scan(encode_group, nothing, (jnp.arange(groups), slabs, valid))
-  return grid.join(*encoded, rows=rows)
+  return jax.lax.scan(encode_group, nothing, (jnp.arange(groups), slabs, valid, pulls))
+
+
+def factorise(moment: jax.Array, spec: Spec) -> jax.Array:
+  """What `encode` reads of a moment `[K, K]`: its `upper_factor`, with K filled up to whole groups."""
+  rows = moment.shape[0]
+  size, block = _sizes(rows, spec)
+  return upper_factor(jnp.pad(moment, (0, -rows % size)), spec.damping, block)
 
 
 def upper_factor(moment: jax.Array, damping: float, block: int) -> jax.Array:
@@ -108,30 +165,49 @@ def upper_factor(moment: jax.Array, damping: float, block: int) -> jax.Array:
   Returns:
     `[K, K]` float32; not finite only where `moment` is not.
   """
+  rows = moment.shape[0]
   diagonal = jnp.diagonal(moment)
   mean = jnp.sum(diagonal) / jnp.maximum(jnp.sum(diagonal > 0), 1)
-  flipped = (moment / jnp.where(mean > 0, mean, 1.0))[::-1, ::-1]
-  identity = jnp.eye(moment.shape[0], dtype=jnp.float32)
+  mean = jnp.where(mean > 0, mean, 1.0)
+  panels = [(first * block, last * block) for first, last in _panels(rows // block, block)]
 
-  def unusable(state: tuple[jax.Array, jax.Array]) -> jax.Array:
-    return ~jnp.all(jnp.isfinite(state[1])) & (state[0] < _DAMPING_LIMIT)
+  def flipped(start: int, stop: int, more: jax.Array) -> jax.Array:
+    """Rows `start` to `stop` of the damped moment turned by half a circle, from column `start` on."""
+    part = moment[rows - stop:rows - start, :rows - start][::-1, ::-1]
+    return part / mean + more * jnp.eye(*part.shape, dtype=jnp.float32)
 
-  def retry(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+  def attempt(more: jax.Array) -> list[jax.Array]:
+    """U with `U^T U` the damped and turned moment, panel by panel: each from its diagonal on."""
+    done: list[jax.Array] = []
+    for start, stop in panels:
+      part = flipped(start, stop, more)
+      for (origin, _), upper in zip(panels, done):
+        part -= jnp.matmul(upper[:, start - origin:stop - origin].T, upper[:, start - origin:], precision=_HIGHEST)
+      done.append(_cholesky(part, block))
+    return done
+
+  def unusable(state: tuple[jax.Array, list[jax.Array]]) -> jax.Array:
+    finite = jnp.stack([jnp.all(jnp.isfinite(part)) for part in state[1]])
+    return ~jnp.all(finite) & (state[0] < _DAMPING_LIMIT)
+
+  def retry(state: tuple[jax.Array, list[jax.Array]]) -> tuple[jax.Array, list[jax.Array]]:
     more = state[0] * _DAMPING_GROWTH
-    return more, _cholesky(flipped + more * identity, block)
+    return more, attempt(more)
 
-  nothing = jnp.full_like(moment, jnp.nan)
+  nothing = [jnp.full_like(moment, jnp.nan, shape=(stop - start, rows - start)) for start, stop in panels]
   _, upper = jax.lax.while_loop(unusable, retry, (jnp.float32(damping / _DAMPING_GROWTH), nothing))
-  return upper.T[::-1, ::-1]
+  columns = [jnp.pad(part.T[::-1, ::-1], ((0, start), (0, 0))) for (start, _), part in zip(panels, upper)]
+  return jnp.concatenate(columns[::-1], axis=1)
 
 
 def _cholesky(matrix: jax.Array, block: int) -> jax.Array:
-  """The upper triangular U with `U^T U = matrix [K, K]`, NaN where there is none.
+  """The first R rows of the upper triangular U with `U^T U = M`, from those of M: `[R, K] -> [R, K]`, R at most K.
 
-  Written with matrix products, as the rest of the codec: LAPACK's factorisation of a stack of small matrices stalls
-  for seconds when its threads share their cores with others, and its last bits depend on their number.
+  NaN where there is none. Written with matrix products, as the rest of the codec: LAPACK's factorisation of a stack of
+  small matrices stalls for seconds when its threads share their cores with others, and its last bits depend on their
+  number.
   """
-  columns = jnp.arange(matrix.shape[0])
+  columns = jnp.arange(matrix.shape[1])
 
   def factorise_block(upper: jax.Array, start: jax.Array) -> tuple[jax.Array, None]:
     above = jax.lax.dynamic_slice_in_dim(upper, start, block, axis=1)

@@ -9,6 +9,10 @@ Each group of each column has a scale and a zero, and a weight becomes an intege
 Scale and zero are rounded to bf16 *before* the codes are computed, so that the codes belong to the numbers that are
 stored. The zero is a real number, not a code; a group of equal weights is stored as the negative of its zero.
 
+The grid has two kinds. `affine`, above, is free in scale and zero. `ct` is the symmetric integer grid of the
+compressed-tensors format: the zero is exactly `2^(bits - 1)`, so that a weight is an integer from `-2^(bits - 1)` to
+`2^(bits - 1) - 1` times its scale, and only the scale is searched for.
+
 The number of bits is data: nothing here depends on it statically, and one compilation serves every width.
 """
 
@@ -24,6 +28,9 @@ GROUPS = (0, 32, 64, 128)
 # Share of the range that a clipping search may cut off at either end, by bits (0 to 8): few levels want a deep cut.
 DEEPEST_CUT = (0.9, 0.9, 0.8, 0.6, 0.45, 0.3, 0.2, 0.1, 0.04)
 CUT_LIMITS = (-0.1, 0.98)
+
+# The smallest scale that the search of the symmetric grid tries, as a share of the one that clips nothing, by bits.
+SMALLEST_SCALE = (0.05, 0.05, 0.05, 0.08, 0.15, 0.35, 0.6, 0.8, 0.92)
 
 
 class Encoded(NamedTuple):
@@ -44,6 +51,12 @@ def check_group(group: int) -> None:
   """Raises `ValueError` unless `group` is one of `GROUPS` (0 = one group over all of K)."""
   if type(group) is not int or group not in GROUPS:
     raise ValueError(f"group={group!r} is not one of {GROUPS} (0 means all of K, one scale per column)")
+
+
+def check_kind(kind: str) -> None:
+  """Raises `ValueError` unless `kind` is one of the grids, the keys of `SEARCH`."""
+  if kind not in SEARCH:
+    raise ValueError(f"grid={kind!r} is neither 'affine' nor 'ct' (the symmetric integers of compressed-tensors)")
 
 
 def infer_group(rows: int, groups: int) -> int:
@@ -185,6 +198,61 @@ def search(x: jax.Array, valid: jax.Array | None, bits: jax.Array) -> tuple[jax.
   start = _Best(jnp.full_like(low, jnp.inf), none, none, *affine(low, high, top))
   best = jax.lax.fori_loop(0, len(MOVES), attempt, start)
   return best.scale, best.zero
+
+
+def _ratios() -> np.ndarray:
+  """Steps of the symmetric search `[C, 2]`: (start again from no clipping?, move), in units of the whole search range.
+
+  First evenly (in the logarithm of the scale) down to the smallest scale, then smaller and smaller moves from the best.
+  """
+  sweep = [(1.0, move) for move in np.linspace(0.0, 1.0, 16)]
+  local = [(0.0, sign * 0.5**r / 15) for r in range(1, 5) for sign in (-1, 1)]
+  return np.asarray(sweep + local, np.float32)
+
+
+RATIOS = _ratios()
+
+
+class _BestScale(NamedTuple):
+  """The best scale so far of every column, all `[1, N]`: its squared error, where the search found it, and itself."""
+
+  error: jax.Array
+  position: jax.Array
+  scale: jax.Array
+
+
+def search_symmetric(x: jax.Array, valid: jax.Array | None, bits: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """As `search`, on the grid `ct`: the scale of least squared error with the zero at `2^(bits - 1)`.
+
+  The two plain scales are candidates, the largest magnitude over `2^(bits - 1) - 1` (no weight is clipped) and over
+  `(2^bits - 1) / 2` (as compressed-tensors scales), so that the result is never worse than either.
+  """
+  top = top_code(bits)
+  zero, largest = (top + 1) / 2, jnp.maximum(*map(jnp.abs, bounds(x, valid)))
+  widest = largest / jnp.maximum(zero - 1, 1)
+  depth = jnp.log(jnp.asarray(SMALLEST_SCALE, jnp.float32))[bits]
+
+  def candidate(scale: jax.Array, position: jax.Array) -> _BestScale:
+    scale = to_storage(scale)
+    scale = jnp.where(scale > 0, scale, 1.0)
+    residual = (quantize(x, scale, zero, top) - zero) * scale - x
+    return _BestScale(total(jnp.square(residual), valid), position, scale)
+
+  def better(new: _BestScale, old: _BestScale) -> _BestScale:
+    return jax.tree.map(lambda a, b: jnp.where(new.error < old.error, a, b), new, old)
+
+  def attempt(i: jax.Array, best: _BestScale) -> _BestScale:
+    again, move = jnp.asarray(RATIOS)[i]
+    position = (1 - again) * best.position + move
+    return better(candidate(widest * jnp.exp(position * depth), position), best)
+
+  start = jnp.zeros_like(widest)
+  best = better(candidate(largest / (top / 2), start), candidate(widest, start))
+  best = jax.lax.fori_loop(0, len(RATIOS), attempt, best)
+  return best.scale, jnp.broadcast_to(zero, best.scale.shape)
+
+
+SEARCH = {"affine": search, "ct": search_symmetric}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ class Spec:
     iterations: number of iterations; fixed.
     start: where scale and zero come from: `minmax` as published, or `search`, the clipped range of RTN, which at 1 to 4
       bits is the better scale also by the criterion of HQQ.
+    grid: `affine`; the other codecs also have `ct`, whose zero cannot move.
   """
 
   group: int = 64
@@ -42,9 +43,13 @@ class Spec:
   kappa: float = 1.01
   iterations: int = 20
   start: str = "minmax"
+  grid: str = "affine"
 
   def __post_init__(self) -> None:
     grid.check_group(self.group)
+    grid.check_kind(self.grid)
+    if self.grid == "ct":
+      raise ValueError("hqq(grid=ct): HQQ moves the zeros, and on the grid 'ct' they are fixed; take rtn or gptq")
     if not 0 < self.p <= 1 or self.beta <= 0 or self.kappa < 1 or self.iterations < 1:
       raise ValueError(f"{self}: needs 0 < p <= 1, beta > 0, kappa >= 1 and iterations >= 1")
     if self.start not in ("minmax", "search"):

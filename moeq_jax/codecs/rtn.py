@@ -1,6 +1,6 @@
 """Round to nearest (RTN) with a clipping search: the codec without data, and the yardstick for the other two.
 
-Every group of every column gets the clipped range of least squared error (`grid.search`), and every weight goes to the
+Every group of every column gets the clipped range of least squared error (`grid.SEARCH`), and every weight goes to the
 nearest level of it.
 """
 
@@ -17,12 +17,15 @@ class Spec:
 
   Attributes:
     group: rows of K that share a scale: 32, 64, 128, or 0 for all of K.
+    grid: `affine`, or `ct`, the symmetric integers of the compressed-tensors format.
   """
 
   group: int = 64
+  grid: str = "affine"
 
   def __post_init__(self) -> None:
     grid.check_group(self.group)
+    grid.check_kind(self.grid)
 
 
 def encode(w: jax.Array, bits: jax.Array, moment: jax.Array | None, spec: Spec) -> grid.Encoded:
@@ -38,7 +41,7 @@ def encode(w: jax.Array, bits: jax.Array, moment: jax.Array | None, spec: Spec) 
 
   def encode_group(slab: tuple[jax.Array, jax.Array | None]) -> tuple[jax.Array, jax.Array, jax.Array]:
     x, valid = slab
-    scale, zero = grid.search(x, valid, bits)
+    scale, zero = grid.SEARCH[spec.grid](x, valid, bits)
     return grid.quantize(x, scale, zero, grid.top_code(bits)), scale, zero
 
   return grid.join(*jax.lax.map(encode_group, grid.split(w, spec.group)), rows=w.shape[0])

@@ -56,7 +56,7 @@ def encode_layer(experts: Mapping[str, Any], stats: artifacts.Stats, layer: int,
   """Encodes one layer's experts at every width.
 
   Args:
-    experts: `{"gate", "up", "down"}`, arrays `[E, K, N]`.
+    experts: `{projection: [E, K, N]}`, those that the model has.
     stats: calibration sums (after `shrink_unrouted`).
     layer: which layer of `stats`.
     codec: the codec.
@@ -65,9 +65,9 @@ def encode_layer(experts: Mapping[str, Any], stats: artifacts.Stats, layer: int,
   Raises:
     ValueError: a weight is NaN or infinite; names layer and projection.
   """
-  projections, errors, norms = {}, [], []
+  banks, errors, norms = {}, [], []
   tokens = jnp.asarray(stats.tokens[layer], jnp.float32)
-  for name in artifacts.PROJECTIONS:
+  for name in names(experts):
     w = jnp.asarray(experts[name], jnp.float32)
     codecs.check_finite(w, f"layer {layer}, {name}")
     moment = jnp.asarray(getattr(stats, _MOMENT[name])[layer])
@@ -77,17 +77,23 @@ def encode_layer(experts: Mapping[str, Any], stats: artifacts.Stats, layer: int,
       codes, delta = _encode(codec, w, jnp.int32(bits), moment)
       encoded.append(jax.tree.map(np.asarray, codes))
       per_width.append([np.asarray(e, np.float64) for e in _errors(delta, moment, grad_sq, tokens)])
-    projections[name] = artifacts.Codes(*(np.stack(parts) for parts in zip(*encoded)))
+    banks[name] = artifacts.Codes(*(np.stack(parts) for parts in zip(*encoded)))
     errors.append(np.array(per_width))  # [W, 3, E]
     norms.append(np.asarray(jnp.sum(jnp.square(w), (1, 2)), np.float64))
   weight, output, fisher = np.array(errors).transpose(2, 3, 0, 1)  # each [E, P, W]
   table = {"weight": weight, "output": output, "fisher": fisher / stats.total_tokens, "norm": np.array(norms).T}
-  return artifacts.LayerCodes(**projections, errors=table)
+  return artifacts.LayerCodes(banks, table)
+
+
+def names(experts: Mapping[str, Any]) -> list[str]:
+  """The projections of `experts` in the order of `artifacts.PROJECTIONS`."""
+  return [name for name in artifacts.PROJECTIONS if name in experts]
 
 
 def error_table(layers: Sequence[artifacts.LayerCodes], *, widths: Sequence[int],
                 codec: codecs.Codec) -> artifacts.ErrorTable:
   """Puts the errors of all layers together."""
   stacked = {name: np.stack([layer.errors[name] for layer in layers]) for name in layers[0].errors}
-  return artifacts.ErrorTable(**stacked, widths=tuple(int(w) for w in widths), codec=str(codec),
-                              group=codec.group)
+  sizes = [int(np.prod(bank.codes.shape[2:])) for bank in layers[0].codes.values()]
+  return artifacts.ErrorTable(**stacked, widths=tuple(int(w) for w in widths), codec=str(codec), group=codec.group,
+                              projections=tuple(layers[0].codes), sizes=tuple(sizes))

@@ -13,19 +13,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moeq_jax import steps
+
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
   """What the full-precision model did on the evaluation batches.
 
   Attributes:
-    hidden: per batch `[B, S, D]`, input of the final norm.
-    chosen: per batch `[L, T, E]` bool, the experts of each token.
+    hidden: per batch the state after the last block, for a decoder `[B, S, D]`.
+    chosen: per batch and MoE layer `[T, E]` bool, the experts of each token.
     loss: `[n]` mean loss of each sequence in nats per token.
   """
 
-  hidden: list[jax.Array]
-  chosen: list[np.ndarray]
+  hidden: list[Any]
+  chosen: list[list[np.ndarray]]
   loss: np.ndarray
 
 
@@ -45,38 +47,28 @@ class Measured:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _embed(functions: Any, top: Any, tokens: jax.Array) -> jax.Array:
-  return functions.embed(top, tokens)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _block(functions: Any, block: Any, h: jax.Array) -> tuple[jax.Array, jax.Array]:
-  h, routing = functions.block(block, h)
-  chosen = jnp.any(jax.nn.one_hot(routing.experts, routing.logits.shape[-1], dtype=bool), axis=1)
-  return h, chosen
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _loss(functions: Any, top: Any, h: jax.Array, tokens: jax.Array) -> jax.Array:
-  return jnp.mean(functions.losses(functions.head(top, h), tokens), axis=-1)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _loss_and_kl(functions: Any, top: Any, h: jax.Array, reference: jax.Array, tokens: jax.Array):
-  logits = functions.head(top, h)
+def _loss_and_kl(functions: Any, top: Any, state: Any, reference: Any, tokens: jax.Array):
+  logits = functions.head(top, state)
   ours, theirs = jax.nn.log_softmax(logits), jax.nn.log_softmax(functions.head(top, reference))
   kl = jnp.mean(jnp.sum(jnp.exp(theirs) * (theirs - ours), axis=-1), axis=-1)
   return jnp.mean(functions.losses(logits, tokens), axis=-1), kl
 
 
-def hidden_states(functions: Any, top: Any, blocks: Sequence[Any], tokens: np.ndarray) -> tuple[jax.Array, np.ndarray]:
-  """Runs the blocks: the last hidden state `[B, S, D]` and the chosen experts `[L, T, E]` bool."""
-  h = _embed(functions, top, jnp.asarray(tokens))
-  chosen = []
+def hidden_states(functions: Any, top: Any, blocks: Sequence[Any], tokens: np.ndarray) -> tuple[Any, list[np.ndarray]]:
+  """Runs the blocks: the state after the last one, and the chosen experts `[T, E]` bool of each MoE layer."""
+  state = steps.embed(functions, top, jnp.asarray(tokens))
+  routings = []
   for block in blocks:
-    h, layer = _block(functions, block, h)
-    chosen.append(layer)
-  return h, np.stack([np.asarray(layer) for layer in chosen])
+    state, routing = steps.block(functions, block, state)
+    routings += [] if routing is None else [routing]
+  return state, [_chosen(np.asarray(r.experts), r.logits.shape[1]) for r in routings]
+
+
+def _chosen(experts: np.ndarray, count: int) -> np.ndarray:
+  """The experts of each token, `[T, k]` indices, as a set: `[T, count]` bool."""
+  chosen = np.zeros((len(experts), count), bool)
+  np.put_along_axis(chosen, experts, True, axis=1)
+  return chosen
 
 
 def reference(functions: Any, top: Any, blocks: Sequence[Any], batches: Sequence[np.ndarray]) -> Reference:
@@ -86,7 +78,7 @@ def reference(functions: Any, top: Any, blocks: Sequence[Any], batches: Sequence
     h, experts = hidden_states(functions, top, blocks, tokens)
     hidden.append(h)
     chosen.append(experts)
-    loss.append(np.asarray(_loss(functions, top, h, jnp.asarray(tokens))))
+    loss.append(np.asarray(steps.sequence_losses(functions, top, h, jnp.asarray(tokens))))
   return Reference(hidden, chosen, np.concatenate(loss).astype(np.float64))
 
 
@@ -99,9 +91,10 @@ def measure(functions: Any, top: Any, blocks: Sequence[Any], batches: Sequence[n
     batch_loss, batch_kl = _loss_and_kl(functions, top, h, hidden, jnp.asarray(tokens))
     loss.append(np.asarray(batch_loss))
     kl.append(np.asarray(batch_kl))
-    same.append((experts == chosen).all(axis=-1))
+    same += [(ours == theirs).all(axis=-1) for ours, theirs in zip(experts, chosen, strict=True)]
   return Measured(
-      np.concatenate(loss).astype(np.float64), np.concatenate(kl).astype(np.float64), float(np.mean(np.stack(same)))
+      np.concatenate(loss).astype(np.float64), np.concatenate(kl).astype(np.float64),
+      float(np.mean(np.concatenate(same))) if same else 1.0,
   )
 
 

@@ -1,4 +1,4 @@
-"""Decoder-only MoE language models of the Mixtral family, as plain pytrees.
+"""Decoder-only language models, MoE and dense (Mixtral, Qwen MoE, OLMoE, Llama), as plain pytrees.
 
 A model is a stack of blocks. Stages do not run the whole network in one program: they call the three functions of
 `Functions` (`embed`, `block`, `head`), each compiled once and used for every layer, so that a stage can stop between
@@ -14,13 +14,30 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moeq_jax.models import moe
+from moeq_jax.models import attention, layers, moe
+from moeq_jax.models.rope import Rope
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-  """Sizes of a decoder; the names are those of Hugging Face's Mixtral config."""
+  """What a decoder is made of; the names are Hugging Face's where there is one.
 
+  Attributes:
+    family: `mixtral`, `qwen2_moe`, `qwen3_moe`, `olmoe` or `llama` (dense).
+    intermediate_size: F, of one expert; of the feed-forward network where a model has no experts.
+    num_local_experts: E; 0 for a dense model.
+    rope_scaling: the items of `rope_parameters` beside the base frequency, none for the default rotation.
+    norm_topk_prob: the weights of the chosen experts sum to one; else they are their shares of all experts.
+    qkv_bias, o_bias: whether those projections have biases.
+    qk_norm: `""` none, `"head"` an RMS norm over each head (Qwen3), `"whole"` over the whole projection (OLMoE).
+    clip_qkv: queries, keys and values are clipped to this size.
+    shared_size: width of the shared expert, 0 for none.
+    dense_size: width of the feed-forward network in `dense_layers`.
+    dense_layers: blocks without experts.
+    sliding_windows: per block, how many positions a token sees (itself among them), `None` for all; `()` for all.
+  """
+
+  family: str = "mixtral"
   vocab_size: int
   hidden_size: int
   intermediate_size: int
@@ -32,88 +49,81 @@ class DecoderConfig:
   num_experts_per_tok: int
   rms_norm_eps: float = 1e-5
   rope_theta: float = 10_000.0
+  rope_scaling: tuple[tuple[str, Any], ...] = ()
   tie_word_embeddings: bool = True
   max_position_embeddings: int = 2048
+  norm_topk_prob: bool = True
+  qkv_bias: bool = False
+  o_bias: bool = False
+  qk_norm: str = ""
+  clip_qkv: float | None = None
+  shared_size: int = 0
+  dense_size: int = 0
+  dense_layers: tuple[int, ...] = ()
+  sliding_windows: tuple[int | None, ...] = ()
 
+  def sparse(self, layer: int) -> bool:
+    """Whether block `layer` is a mixture of experts."""
+    return self.num_local_experts > 0 and layer not in self.dense_layers
 
-def rms_norm(x: jax.Array, weight: nnx.Param, eps: float) -> jax.Array:
-  """Root-mean-square norm over the last axis, in float32, back in the dtype of `x`."""
-  wide = x.astype(jnp.float32)
-  normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-  gain = weight[...].astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
-  return (normed * gain).astype(x.dtype)
-
-
-def rotate(x: jax.Array, theta: float) -> jax.Array:
-  """Rotary position embedding (RoFormer, eq. 34; halves layout) on `[B, S, heads, head_dim]`."""
-  half = x.shape[-1] // 2
-  frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  angle = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None] * frequency[None, :]
-  cos, sin = jnp.cos(angle)[None, :, None], jnp.sin(angle)[None, :, None]
-  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-
-
-@jax.custom_vjp
-def dense(x: jax.Array, w: jax.Array) -> jax.Array:
-  """`x @ w` for `[..., K]` and `[K, N]` (`w` in any dtype; computed in that of `x`).
-
-  The gradient of `w` is summed in float32: more exact, and XLA:CPU has no fast bfloat16 path for a transposed left
-  operand.
-  """
-  return x @ w.astype(x.dtype)
-
-
-def _dense_backward(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-  x, w = saved
-  rows = lambda a: a.reshape(-1, a.shape[-1]).astype(jnp.float32)
-  return dy @ w.astype(dy.dtype).T, (rows(x).T @ rows(dy)).astype(w.dtype)
-
-
-dense.defvjp(lambda x, w: (dense(x, w), (x, w)), _dense_backward)
-
-
-class Attention(nnx.Module):
-  """Causal grouped-query attention with rotary positions."""
-
-  def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-    def init(k: int, n: int) -> nnx.Param:
-      return nnx.Param(0.02 * jax.random.normal(rngs.params(), (k, n), dtype))
-
-    self.head_dim, self.theta = config.head_dim, config.rope_theta
-    self.q = init(config.hidden_size, config.num_attention_heads * config.head_dim)
-    self.k = init(config.hidden_size, config.num_key_value_heads * config.head_dim)
-    self.v = init(config.hidden_size, config.num_key_value_heads * config.head_dim)
-    self.o = init(config.num_attention_heads * config.head_dim, config.hidden_size)
-
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """`[B, S, D] -> [B, S, D]`."""
-
-    def heads(weight: nnx.Param) -> jax.Array:
-      return dense(x, weight[...]).reshape(*x.shape[:2], -1, self.head_dim)
-
-    q, k, v = rotate(heads(self.q), self.theta), rotate(heads(self.k), self.theta), heads(self.v)
-    mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True)
-    return dense(mixed.reshape(*x.shape[:2], -1), self.o[...])
+  def rope(self) -> Rope:
+    """The rotary positions of all blocks."""
+    return Rope(self.head_dim, self.rope_theta, self.max_position_embeddings, self.rope_scaling)
 
 
 class Block(nnx.Module):
-  """Attention and mixture of experts, each behind a norm and with a residual."""
+  """Attention and a feed-forward network (`moe`, or `mlp` in a dense block), each behind a norm and with a residual."""
 
-  def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-    self.eps = config.rms_norm_eps
-    self.attention_norm = nnx.Param(jnp.ones(config.hidden_size, dtype))
-    self.moe_norm = nnx.Param(jnp.ones(config.hidden_size, dtype))
-    self.attention = Attention(config, dtype=dtype, rngs=rngs)
-    self.moe = moe.MoE(config.hidden_size, config.intermediate_size, config.num_local_experts,
-                       config.num_experts_per_tok, dtype=dtype, rngs=rngs)
+  def __init__(self, config: DecoderConfig, layer: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    c, make = config, {"dtype": dtype, "rngs": rngs}
+    window = c.sliding_windows[layer] if c.sliding_windows else None
+    self.eps = c.rms_norm_eps
+    self.attention_norm = nnx.Param(jnp.ones(c.hidden_size, dtype))
+    self.ffn_norm = nnx.Param(jnp.ones(c.hidden_size, dtype))
+    self.attention = attention.Attention(
+        c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.rope(), qkv_bias=c.qkv_bias, o_bias=c.o_bias,
+        qk_norm=c.qk_norm, clip=c.clip_qkv, window=window, eps=self.eps, **make)
+    if c.sparse(layer):
+      self.moe = moe.MoE(c.hidden_size, c.intermediate_size, c.num_local_experts, c.num_experts_per_tok,
+                         normalize=c.norm_topk_prob, shared_size=c.shared_size, **make)
+    else:
+      self.mlp = layers.FeedForward(c.hidden_size, c.dense_size if c.num_local_experts else c.intermediate_size, **make)
 
-  def __call__(self, h: jax.Array, tap: moe.Tap = moe.no_tap) -> tuple[jax.Array, moe.Routing]:
-    """`[B, S, D] -> [B, S, D]` and the routing of the `B * S` tokens."""
-    h = h + self.attention(rms_norm(h, self.attention_norm, self.eps))
-    rows = rms_norm(h, self.moe_norm, self.eps).reshape(-1, h.shape[-1])
-    out, routing = self.moe(rows, tap)
-    return h + out.reshape(h.shape), routing
+  def __call__(self, h: jax.Array, tap: moe.Tap = moe.no_tap) -> tuple[jax.Array, moe.Routing | None]:
+    """`[B, S, D] -> [B, S, D]` and the routing of the `B * S` tokens, None in a dense block."""
+    return self._feed(self._attend(h), tap)
+
+  def cached(self, h: jax.Array, cache: attention.Cache, positions: jax.Array) -> tuple[jax.Array, attention.Cache]:
+    """As `__call__`, for the tokens at `positions` `[B, S]`, which are added to the cache."""
+    mixed, cache = self.attention.cached(layers.rms_norm(h, self.attention_norm, self.eps), cache, positions)
+    return self._feed(h + mixed, moe.no_tap)[0], cache
+
+  def before(self, h: jax.Array) -> tuple[jax.Array, jax.Array, moe.Routing]:
+    """What comes before the experts: `(pending [B, S, D], rows of the experts [T, D], routing)`."""
+    return self._enter(self._attend(h))
+
+  def after(self, pending: jax.Array, y: jax.Array) -> jax.Array:
+    """Adds what the experts gave, `[T, D]`, weighted and summed."""
+    return pending + y.reshape(pending.shape)
+
+  def _attend(self, h: jax.Array) -> jax.Array:
+    return h + self.attention(layers.rms_norm(h, self.attention_norm, self.eps))
+
+  def _rows(self, h: jax.Array) -> jax.Array:
+    return layers.rms_norm(h, self.ffn_norm, self.eps).reshape(-1, h.shape[-1])
+
+  def _enter(self, h: jax.Array) -> tuple[jax.Array, jax.Array, moe.Routing]:
+    """`before`, from the residual stream after attention."""
+    rows = self._rows(h)
+    shared = self.moe.always(rows)
+    return h if shared is None else h + shared.reshape(h.shape), rows, self.moe.route(rows)
+
+  def _feed(self, h: jax.Array, tap: moe.Tap) -> tuple[jax.Array, moe.Routing | None]:
+    """The feed-forward half, from the residual stream after attention."""
+    if not hasattr(self, "moe"):
+      return self.after(h, self.mlp(self._rows(h))), None
+    pending, rows, routing = self._enter(h)
+    return self.after(pending, self.moe.experts(rows, routing, tap)), routing
 
 
 class Top(nnx.Module):
@@ -122,10 +132,10 @@ class Top(nnx.Module):
   def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
     shape = (config.vocab_size, config.hidden_size)
     self.eps, self.tied = config.rms_norm_eps, config.tie_word_embeddings
-    self.embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape, dtype))
+    self.embedding = layers.normal(rngs, *shape, dtype=dtype)
     self.norm = nnx.Param(jnp.ones(config.hidden_size, dtype))
     if not self.tied:
-      self.output = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape, dtype))
+      self.output = layers.normal(rngs, *shape, dtype=dtype)
 
   def embed(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """`[B, S]` int32 -> `[B, S, D]` in `dtype`."""
@@ -134,7 +144,7 @@ class Top(nnx.Module):
   def logits(self, h: jax.Array) -> jax.Array:
     """`[B, S, D] -> [B, S, V]` float32."""
     weight = self.embedding if self.tied else self.output
-    return dense(rms_norm(h, self.norm, self.eps), weight[...].T).astype(jnp.float32)
+    return layers.dense(layers.rms_norm(h, self.norm, self.eps), weight[...].T).astype(jnp.float32)
 
 
 class Decoder(nnx.Module):
@@ -142,12 +152,17 @@ class Decoder(nnx.Module):
 
   def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
     self.top = Top(config, dtype=dtype, rngs=rngs)
-    self.blocks = nnx.List([Block(config, dtype=dtype, rngs=rngs) for _ in range(config.num_hidden_layers)])
+    self.blocks = nnx.List([Block(config, l, dtype=dtype, rngs=rngs) for l in range(config.num_hidden_layers)])
 
 
 def init(config: DecoderConfig, seed: int) -> Decoder:
   """A decoder with random float32 parameters (normal, standard deviation 0.02)."""
-  return Decoder(config, rngs=nnx.Rngs(seed))
+  return build(config, jnp.float32, seed)
+
+
+def build(config: DecoderConfig, dtype: jnp.dtype, seed: int = 0) -> Decoder:
+  """A decoder with random parameters in `dtype`."""
+  return Decoder(config, dtype=dtype, rngs=nnx.Rngs(seed))
 
 
 def token_losses(logits: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -166,7 +181,7 @@ def sequence_losses(model: Decoder, tokens: jax.Array, dtype: jnp.dtype) -> jax.
 
 
 def training_loss(model: Decoder, tokens: jax.Array, *, balance: float, dtype: jnp.dtype) -> tuple[jax.Array, dict]:
-  """Mean next-token loss plus `balance` times the mean load-balancing loss of the layers.
+  """Mean next-token loss plus `balance` times the mean load-balancing loss of the MoE layers (at least one).
 
   Returns:
     The loss, and `{"loss": nats per token, "balance": mean balancing loss, "load": [L, E] share of rows}`.
@@ -175,7 +190,7 @@ def training_loss(model: Decoder, tokens: jax.Array, *, balance: float, dtype: j
   routings = []
   for block in model.blocks:
     h, routing = block(h)
-    routings.append(routing)
+    routings += [] if routing is None else [routing]
   loss = jnp.mean(token_losses(model.top.logits(h), tokens))
   uneven = jnp.mean(jnp.stack([moe.load_balance_loss(r) for r in routings]))
   load = jnp.stack([r.group_sizes / jnp.sum(r.group_sizes) for r in routings])
@@ -186,27 +201,39 @@ def training_loss(model: Decoder, tokens: jax.Array, *, balance: float, dtype: j
 class Functions:
   """A model as stages see it: pure functions of the pytrees `model.top` and `model.blocks[l]`.
 
-  All blocks have one structure, so that one compiled program serves every layer.
+  Blocks of one structure share one compiled program. A state is a pytree of float arrays: here the residual stream `h`
+  `[B, S, D]`. `before`, `expert` and `after` are a sparse block in three parts, for stages that hold one expert at a
+  time: with `(pending, rows, routing) = before(block, state)`, the block gives
+  `after(block, pending, sum_k routing.weights[t, k] * expert(experts[routing.experts[t, k]], rows[t]))`.
 
   Attributes:
-    embed: `(top, tokens [B, S]) -> h [B, S, D]`.
-    block: `(block, h, tap) -> (h, Routing)`.
-    head: `(top, h) -> logits [B, S, V]` float32.
-    losses: `(logits, tokens) -> [B, S - 1]` nats.
+    embed: `(top, batch) -> state`; a batch is tokens `[B, S]` int32.
+    block: `(block, state, tap) -> (state, Routing)`, `None` in place of the routing where a block is dense.
+    head: `(top, state) -> logits [B, S, V]` float32.
+    losses: `(logits, batch) -> [B, S - 1]` nats.
+    sparse: `block -> bool`.
     router: `block -> [E, D]`.
     with_router: `(block, [E, D]) -> block`.
     experts: `block -> {"gate", "up", "down"}`, arrays or QTensors `[E, K, N]`.
     with_experts: `(block, {"gate", "up", "down"}) -> block`.
+    before: `(block, state) -> (pending, rows [T, D], Routing)`: attention, norm, router, shared expert.
+    expert: `(weights {"gate": [K, N], ...}, rows [R, D], tap) -> [R, D]`, one expert; `tap(name, value) -> value` is
+      called for `gate`, `up`, `mid` and `down`.
+    after: `(block, pending, y [T, D]) -> state`.
   """
 
-  embed: Callable[..., jax.Array]
+  embed: Callable[..., Any]
   block: Callable[..., Any]
   head: Callable[..., jax.Array]
   losses: Callable[..., jax.Array]
+  sparse: Callable[[Any], bool]
   router: Callable[[Any], jax.Array]
   with_router: Callable[[Any, jax.Array], Any]
   experts: Callable[[Any], dict[str, Any]]
   with_experts: Callable[[Any, Mapping[str, Any]], Any]
+  before: Callable[[Any, Any], tuple[Any, jax.Array, moe.Routing]]
+  expert: Callable[..., jax.Array]
+  after: Callable[[Any, Any, jax.Array], Any]
 
 
 def _with(block: Block, values: Mapping[str, Any]) -> Block:
@@ -217,60 +244,25 @@ def _with(block: Block, values: Mapping[str, Any]) -> Block:
   return copy
 
 
-@functools.cache
-def functions(dtype: jnp.dtype) -> Functions:
+def functions(dtype: Any) -> Functions:
   """The functions of any `Decoder`, computing in `dtype`; the same object for the same dtype, so that nothing compiled
   for one model of a kind is compiled again for the next."""
+  return _functions(jnp.dtype(dtype))
+
+
+@functools.cache
+def _functions(dtype: jnp.dtype) -> Functions:
   return Functions(
       embed=lambda top, tokens: top.embed(tokens, dtype),
       block=lambda block, h, tap=moe.no_tap: block(h, tap),
       head=lambda top, h: top.logits(h),
       losses=token_losses,
+      sparse=lambda block: hasattr(block, "moe"),
       router=lambda block: block.moe.router.get_value(),
       with_router=lambda block, router: _with(block, {"router": router}),
       experts=lambda block: {name: getattr(block.moe, name).get_value() for name in ("gate", "up", "down")},
       with_experts=_with,
+      before=lambda block, h: block.before(h),
+      expert=layers.swiglu,
+      after=lambda block, pending, y: block.after(pending, y),
   )
-
-
-def from_config(values: Mapping[str, Any]) -> DecoderConfig:
-  """Reads a Hugging Face Mixtral `config.json` (transformers 5 and older spellings).
-
-  `rope_theta` and `tie_word_embeddings`, where missing, are what transformers takes for Mixtral: 10^6 and false.
-
-  Raises:
-    ValueError: a field is missing or has a value that is not supported, named.
-  """
-  if values.get("model_type") != "mixtral":
-    raise ValueError(f"config.json: model_type is {values.get('model_type')!r}; supported: 'mixtral'")
-  if values.get("sliding_window"):
-    raise ValueError("config.json: sliding_window is set; only full causal attention is supported")
-  if values.get("hidden_act", "silu") != "silu":
-    raise ValueError(f"config.json: hidden_act {values['hidden_act']!r} is not supported; expected 'silu'")
-  rope = values.get("rope_parameters") or {}
-  if rope.get("rope_type", "default") != "default":
-    raise ValueError(f"config.json: rope_type {rope['rope_type']!r} is not supported; expected 'default'")
-  fields = dataclasses.fields(DecoderConfig)
-  needed = {f.name for f in fields if f.default is dataclasses.MISSING} - {"head_dim"}
-  if wrong := sorted(name for name in needed if type(values.get(name)) is not int):
-    raise ValueError(f"config.json: {wrong[0]} is {values.get(wrong[0])!r}; a whole number is needed")
-  known = {"tie_word_embeddings": False} | {k: v for k, v in values.items() if k in {f.name for f in fields}}
-  known["rope_theta"] = float(rope.get("rope_theta") or values.get("rope_theta") or 1e6)
-  if known.get("head_dim") is None:
-    known["head_dim"] = values["hidden_size"] // values["num_attention_heads"]
-  config = DecoderConfig(**known)
-  _check(config)
-  return config
-
-
-def _check(config: DecoderConfig) -> None:
-  """Raises a ValueError if the sizes contradict one another."""
-  c = config
-  if c.num_attention_heads % c.num_key_value_heads:
-    raise ValueError(f"config.json: num_attention_heads {c.num_attention_heads} is not a multiple of "
-                     f"num_key_value_heads {c.num_key_value_heads}")
-  if c.head_dim % 2:
-    raise ValueError(f"config.json: head_dim {c.head_dim} is odd; rotary positions turn pairs")
-  if not 1 <= c.num_experts_per_tok <= c.num_local_experts:
-    raise ValueError(f"config.json: num_experts_per_tok {c.num_experts_per_tok} is not between 1 and "
-                     f"num_local_experts {c.num_local_experts}")

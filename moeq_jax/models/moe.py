@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moeq_jax.kernels import api as kernels
+from moeq_jax.models import layers
 
 Tap = Callable[[str, jax.Array, jax.Array], jax.Array]
 
@@ -28,7 +29,7 @@ class Routing(NamedTuple):
   Attributes:
     logits: `[T, E]` float32.
     experts: `[T, k]` int32, the chosen experts, best first.
-    weights: `[T, k]` float32, softmax over the chosen logits (equals the renormalised top-k probabilities).
+    weights: `[T, k]` float32, what the experts' outputs are multiplied with.
     group_sizes: `[E]` int32, rows of each expert.
   """
 
@@ -48,11 +49,19 @@ def permute(x: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
 permute.defvjp(lambda x, order, inverse: (x[order], inverse), lambda inverse, dy: (dy[inverse], None, None))
 
 
-def route(logits: jax.Array, top_k: int) -> Routing:
-  """Chooses the `top_k` largest logits (ties: the lower index) and renormalises over them."""
+def route(logits: jax.Array, top_k: int, normalize: bool = True) -> Routing:
+  """Chooses the `top_k` largest logits (ties: the lower index).
+
+  Args:
+    logits: `[T, E]` float32.
+    top_k: experts of a token.
+    normalize: the weights are the softmax over the chosen logits (equals the renormalised top-k probabilities) and sum
+      to one; otherwise they are the chosen entries of the softmax over all logits.
+  """
   experts = jax.lax.top_k(jax.lax.stop_gradient(logits), top_k)[1]
   chosen = jax.nn.one_hot(experts, logits.shape[-1], dtype=logits.dtype)
-  weights = jax.nn.softmax(jnp.einsum("te,tke->tk", logits, chosen, precision="highest"), axis=-1)
+  pick = lambda values: jnp.einsum("te,tke->tk", values, chosen, precision="highest")
+  weights = jax.nn.softmax(pick(logits), axis=-1) if normalize else pick(jax.nn.softmax(logits, axis=-1))
   return Routing(logits, experts, weights, jnp.sum(chosen, axis=(0, 1)).astype(jnp.int32))
 
 
@@ -64,35 +73,43 @@ def load_balance_loss(routing: Routing) -> jax.Array:
 
 
 class MoE(nnx.Module):
-  """Top-k mixture of SwiGLU experts (Mixtral).
+  """Top-k mixture of SwiGLU experts, with or without an expert that every token shares.
 
   Attributes:
     router: `[E, D]`, one row an expert.
     gate, up: `[E, D, F]` array or QTensor; down: `[E, F, D]`.
+    shared: the shared expert; shared_gate: `[1, D]`, whose sigmoid weighs it. Absent where `shared_size` is 0.
   """
 
-  def __init__(self, hidden: int, ffn: int, experts: int, top_k: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-    def init(*shape: int) -> nnx.Param:
-      return nnx.Param(0.02 * jax.random.normal(rngs.params(), shape, dtype))
+  def __init__(self, hidden: int, ffn: int, experts: int, top_k: int, *, normalize: bool = True, shared_size: int = 0,
+               dtype: jnp.dtype, rngs: nnx.Rngs):
+    self.top_k, self.normalize = top_k, normalize
+    self.router = layers.normal(rngs, experts, hidden, dtype=dtype)
+    self.gate = layers.normal(rngs, experts, hidden, ffn, dtype=dtype)
+    self.up = layers.normal(rngs, experts, hidden, ffn, dtype=dtype)
+    self.down = layers.normal(rngs, experts, ffn, hidden, dtype=dtype)
+    if shared_size:
+      self.shared = layers.FeedForward(hidden, shared_size, dtype=dtype, rngs=rngs)
+      self.shared_gate = layers.normal(rngs, 1, hidden, dtype=dtype)
 
-    self.top_k = top_k
-    self.router = init(experts, hidden)
-    self.gate = init(experts, hidden, ffn)
-    self.up = init(experts, hidden, ffn)
-    self.down = init(experts, ffn, hidden)
+  def route(self, x: jax.Array) -> Routing:
+    """Routes rows `[T, D]`, in float32 whatever their dtype."""
+    with jax.named_scope("route"):
+      router = self.router[...].astype(jnp.float32)
+      logits = jnp.matmul(x.astype(jnp.float32), router.T, precision="highest")
+      return route(logits, self.top_k, self.normalize)
 
-  def __call__(self, x: jax.Array, tap: Tap = no_tap) -> tuple[jax.Array, Routing]:
-    """`[T, D] -> [T, D]`. The router runs in float32.
+  def experts(self, x: jax.Array, routing: Routing, tap: Tap = no_tap) -> jax.Array:
+    """The weighted sum of what the chosen experts make of each row, `[T, D] -> [T, D]`.
 
     Args:
       x: rows in the compute dtype.
+      routing: of these rows.
       tap: called as `tap(name, rows, group_sizes)` on the rows sorted by expert, for the names `input`, `gate`, `up`,
         `mid` (input of down) and `down` (before the router's weight, which its gradient holds); returns the rows,
         unchanged in value.
     """
     with jax.named_scope("route"):
-      router = self.router[...].astype(jnp.float32)
-      routing = route(jnp.matmul(x.astype(jnp.float32), router.T, precision="highest"), self.top_k)
       order = jnp.argsort(routing.experts.reshape(-1), stable=True)
       inverse = jnp.argsort(order)
     sizes = routing.group_sizes
@@ -108,4 +125,10 @@ class MoE(nnx.Module):
       weights = permute(routing.weights.reshape(-1), order, inverse).astype(x.dtype)
       down = tap("down", matmul(mid, self.down), sizes) * weights[:, None]
     with jax.named_scope("combine"):
-      return jnp.sum(permute(down, inverse, order).reshape(*x.shape[:1], self.top_k, -1), axis=1), routing
+      return jnp.sum(permute(down, inverse, order).reshape(*x.shape[:1], self.top_k, -1), axis=1)
+
+  def always(self, x: jax.Array) -> jax.Array | None:
+    """What the shared expert adds to each row, `[T, D] -> [T, D]`, or None without one."""
+    if not hasattr(self, "shared"):
+      return None
+    return jax.nn.sigmoid(layers.dense(x, self.shared_gate[...].T)) * self.shared(x)

@@ -34,7 +34,7 @@ def bit_maps(plans: Sequence[Mapping[str, Any]], widths: Sequence[int], budget: 
   """The maps of all plans at one budget, one for each method (the first draw where it has several).
 
   Args:
-    plans: mappings with `method`, `budget` and `bits` (`[L][E]`, whole numbers).
+    plans: mappings with `method`, `budget` and `bits` (`[L][E]` or `[L][E][P]`, whole numbers).
     widths: candidate widths; they and the bits of all plans make the scale, the same for every budget.
     budget: average nominal bits asked for.
   """
@@ -44,7 +44,7 @@ def bit_maps(plans: Sequence[Mapping[str, Any]], widths: Sequence[int], budget: 
       chosen.setdefault(str(plan["method"]), _bits(plan))
   levels = sorted({int(w) for w in widths} | {int(b) for plan in plans for b in np.unique(_bits(plan))})
   palette = colors.ListedColormap(matplotlib.colormaps["YlGnBu"](np.linspace(0.12, 1.0, len(levels))))
-  heights = [float(np.clip(MAP * bits.shape[0] / bits.shape[1], 0.5, 3.2)) for bits in chosen.values()]
+  heights = [_height(*bits.shape) for bits in chosen.values()]
   rows = -(-len(chosen) // COLUMNS)
   pitch = max(heights) + UNDER
   with figures.settled():
@@ -60,16 +60,25 @@ def bit_maps(plans: Sequence[Mapping[str, Any]], widths: Sequence[int], budget: 
       f"Bits of every expert at {budget} bits asked, one map for each method: rows are layers, columns are experts; "
       "the numbers on the right are the mean bits of the layer. Darker means more bits."
     )
+    if any(bits.shape[1] > 1 for bits in chosen.values()):
+      caption += " Where projections differ a layer has a row for each, gate, up and down in this order."
     if len(chosen) < sum(plan.get("budget") is not None and float(plan["budget"]) == budget for plan in plans):
       caption += " A method with several draws is shown by its first."
     return figures.picture(f"bits-{budget:g}".replace(".", "_"), caption, fig)
 
 
 def _bits(plan: Mapping[str, Any]) -> np.ndarray:
+  """The bits of a plan as `[L, rows of a layer, E]`: one row, or one for each projection."""
   bits = np.asarray(plan["bits"])
-  if bits.ndim != 2 or bits.size == 0:
-    raise ValueError(f"report.json: the bits of {plan.get('method')!r} have shape {bits.shape}, not (layers, experts)")
-  return bits
+  if bits.ndim not in (2, 3) or bits.size == 0:
+    raise ValueError(f"report.json: the bits of {plan.get('method')!r} have shape {bits.shape}, not (layers, experts)"
+                     " or (layers, experts, projections)")  # fmt: skip
+  return bits[:, None] if bits.ndim == 2 else bits.swapaxes(1, 2)
+
+
+def _height(layers: int, rows: int, experts: int) -> float:
+  """The height of a map: square experts; where a layer has several rows, twice that, for flat ones."""
+  return float(np.clip(MAP * layers * min(rows, 2) / experts, 0.5, 3.2))
 
 
 def _in_inches(fig: figure.Figure) -> mpl_axes.Axes:
@@ -81,10 +90,10 @@ def _in_inches(fig: figure.Figure) -> mpl_axes.Axes:
 
 
 def _map(axes, corner: tuple[float, float], height: float, index: np.ndarray, palette: colors.Colormap) -> None:
-  """One map with its upper left corner at `corner`; `index[L, E]` numbers the levels."""
-  (x, y), (layers, experts) = corner, index.shape
-  axes.imshow(index, cmap=palette, vmin=-0.5, vmax=palette.N - 0.5, extent=(x, x + MAP, y + height, y), aspect="auto",
-              interpolation="none")  # fmt: skip
+  """One map with its upper left corner at `corner`; `index[L, rows, E]` numbers the levels."""
+  (x, y), (layers, _, experts) = corner, index.shape
+  axes.imshow(index.reshape(-1, experts), cmap=palette, vmin=-0.5, vmax=palette.N - 0.5,
+              extent=(x, x + MAP, y + height, y), aspect="auto", interpolation="none")  # fmt: skip
   if layers <= 12 and experts <= 64:
     axes.hlines(y + height * np.arange(1, layers) / layers, x, x + MAP, color="white", linewidth=0.8)
     axes.vlines(x + MAP * np.arange(1, experts) / experts, y, y + height, color="white", linewidth=0.8)
@@ -107,7 +116,7 @@ def _labels(axes, corner: tuple[float, float], height: float, layers: int, exper
 def _mean_bits(axes, corner: tuple[float, float], height: float, bits: np.ndarray) -> None:
   """The mean bits of every layer, to the right of the map, where there is room for them."""
   layers = len(bits)
-  for layer, mean in enumerate(bits.mean(1) if layers <= 12 else ()):
+  for layer, mean in enumerate(bits.mean((1, 2)) if layers <= 12 else ()):
     axes.text(corner[0] + MAP + 0.05, corner[1] + height * (layer + 0.5) / layers, f"{mean:.2f}", fontsize=7.5,
               color="#3c4043", va="center")  # fmt: skip
 

@@ -1,7 +1,7 @@
 """`report.html`, `report.md` and `figures/*.png` from what a run left in its workdir.
 
-Two files are read. `rows.jsonl` holds the rows (`results.py`). `report.json` holds the rest; every key may be absent,
-and the page then says what is missing:
+Three files are read. `rows.jsonl` holds the rows (`results.py`), `losses.jsonl` the loss of every sequence, and
+`report.json` the rest; every key may be absent, and the page then says what is missing:
 
   title         of the page
   command       that remakes the run
@@ -13,7 +13,7 @@ and the page then says what is missing:
   policies      a list of sentences, or {name: value}: what was done about experts without tokens, unmatched names, ...
   warnings      a list of sentences
   widths        candidate bits
-  plans         [{"method", "budget", "bits": [L][E]}]
+  plans         [{"method", "budget", "bits": [L][E] or [L][E][P]}]
   scores        {name: [L][E]}, higher = more sensitive
   damage        {"mean": [L][E], "stderr": [L][E], "bits", "tokens"}, nats per token
 
@@ -30,7 +30,7 @@ import markupsafe
 
 from moeq_jax import artifacts, results
 from moeq_jax.report import damage as damage_lib
-from moeq_jax.report import figures, maps, tables
+from moeq_jax.report import deployability, figures, maps, tables
 from moeq_jax.report import points as points_lib
 
 Row = results.Row
@@ -43,16 +43,17 @@ def write(workdir: Path) -> Path:
   for a broken `rows.jsonl`.
   """
   workdir = Path(workdir)
-  context = contents(results.read(workdir / "rows.jsonl"), _load(workdir / "report.json"))
+  rows, losses = (results.read(workdir / name) for name in ("rows.jsonl", "losses.jsonl"))
+  context = contents(rows, load(workdir / "report.json"), losses)
   for picture in context["pictures"]:
     artifacts.write_bytes(workdir / "figures" / f"{picture.name}.png", picture.png)
-  environment = _environment()
-  artifacts.write_bytes(workdir / "report.md", environment.get_template("page.md.j2").render(context).encode())
-  artifacts.write_bytes(workdir / "report.html", environment.get_template("page.html.j2").render(context).encode())
+  templates = environment()
+  artifacts.write_bytes(workdir / "report.md", templates.get_template("page.md.j2").render(context).encode())
+  artifacts.write_bytes(workdir / "report.html", templates.get_template("page.html.j2").render(context).encode())
   return workdir / "report.html"
 
 
-def _load(path: Path) -> dict[str, Any]:
+def load(path: Path) -> dict[str, Any]:
   """`report.json`, or an object that only says that it is missing."""
   if not path.exists():
     return {"warnings": ["report.json is missing: the page shows only what the rows say."]}
@@ -65,8 +66,9 @@ def _load(path: Path) -> dict[str, Any]:
   return data
 
 
-def _environment() -> jinja2.Environment:
-  environment = jinja2.Environment(
+def environment() -> jinja2.Environment:
+  """The templates, undefined names refused."""
+  made = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent),
     autoescape=jinja2.select_autoescape(enabled_extensions=("html.j2",), default=False),
     undefined=jinja2.StrictUndefined,
@@ -74,8 +76,8 @@ def _environment() -> jinja2.Environment:
     lstrip_blocks=True,
     keep_trailing_newline=True,
   )
-  environment.filters |= {"svg": lambda picture: markupsafe.Markup(picture.svg), "md": _md, "code": _md_code}
-  return environment
+  made.filters |= {"svg": lambda picture: markupsafe.Markup(picture.svg), "md": _md, "code": _md_code}
+  return made
 
 
 def _md(text: str) -> str:
@@ -90,9 +92,10 @@ def _md_code(text: str) -> str:
   return "`" + text.replace("`", "'").replace("|", "\\|").replace("\n", " ") + "`"
 
 
-def contents(rows: Sequence[Row], data: Mapping[str, Any]) -> dict[str, Any]:
-  """Everything the templates show, from the rows and from `report.json`."""
+def contents(rows: Sequence[Row], data: Mapping[str, Any], losses: Sequence[Row] = ()) -> dict[str, Any]:
+  """Everything the templates show, from the rows, from `report.json` and from the losses of every sequence."""
   points, full = points_lib.aggregate(rows), points_lib.full_precision(rows)
+  sequences = {row["id"]: results.numbered(row, "sequence_") for row in losses}
   context = {
     "title": str(data.get("title") or "Quantized Mixture-of-Experts model"),
     "lede": _lede(points, full, data),
@@ -101,6 +104,7 @@ def contents(rows: Sequence[Row], data: Mapping[str, Any]) -> dict[str, Any]:
     "results": tables.result_table(points, full),
     "domains": tables.domain_table(points, full),
     "accounting": tables.accounting(points, full),
+    "deployability": deployability.table(points, sequences),
     "predictions": tables.predictions(points),
     "every_row": tables.every_row(rows) if rows else None,
     "warnings": [*map(tables.plain, data.get("warnings") or []), *_noted(rows, data)],

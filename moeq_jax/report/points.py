@@ -149,7 +149,7 @@ def _sentence(opening: str, group: list[Point]) -> Sentence:
     text = f", which adds {increase(uniform)} nats per token; next comes "
     return (f"{opening}, nothing beats ", uniform.method, text, other.method, f", {increase(other)}.")
   text = f" adds {increase(winner)} nats per token where uniform adds {increase(uniform)}{_less(winner, uniform)}."
-  start = (f"{opening}, ", winner.method, text + _sizes(winner, uniform) + _overlap(winner, uniform))
+  start = (f"{opening}, ", winner.method, text + _sizes(winner, uniform) + _certainty(winner, uniform))
   return _joined(start, _without_measuring(winner, group))
 
 
@@ -174,7 +174,11 @@ def _sizes(winner: Point, uniform: Point) -> str:
   return f" Both take {mine:.2f} effective bits."
 
 
-def _overlap(winner: Point, uniform: Point) -> str:
+def _certainty(winner: Point, uniform: Point) -> str:
+  """The paired difference with its interval; where rows have none, whether the intervals of both overlap."""
+  delta, ci = winner.mean("vs_uniform"), winner.mean("vs_uniform_ci95")
+  if delta is not None and ci is not None and len(winner.rows) == 1:
+    return f" Paired over sequences, the difference is {delta:+.4f}\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{ci:.4f}."
   mine, its = winner.interval(), uniform.interval()
   if mine is None or its is None:
     return ""

@@ -21,8 +21,8 @@ FULL_COLOR = "#5f6368"
 # Columns of the table of every row; loss_<domain> and nats_per_byte_<domain> come behind.
 ROW_FIELDS = (
   "id", "method", "family", "codec", "group", "budget", "draw", "nominal_bits", "effective_bits", "stored_bits",
-  "file_mb", "loss", "perplexity", "loss_delta", "loss_delta_ci95", "kl", "router_agreement", "predicted",
-  "lower_bound", "gap", "seed", "config_hash",
+  "file_mb", "loss", "perplexity", "loss_delta", "loss_delta_ci95", "vs_uniform", "vs_uniform_ci95", "kl",
+  "router_agreement", "constraint", "cost", "predicted", "lower_bound", "gap", "seed", "config_hash",
 )  # fmt: skip
 
 
@@ -130,7 +130,7 @@ def result_table(points: Sequence[Point], full: Row | None) -> Table:
   """One line for each point, by budget, best first; full precision on top."""
   header = (
     "method", "nominal bits", "effective bits", "file, MB", "loss", "increase", "± 95%, or range of draws",
-    "perplexity", "KL", "router agreement",
+    "against uniform, ± 95%", "perplexity", "KL", "router agreement",
   )  # fmt: skip
   styles = figures.looks(points)
   groups = []
@@ -153,6 +153,7 @@ def _result_cells(point: Point) -> tuple[str, ...]:
     number(point.mean("loss")),
     _of_quantized(point, "loss_delta", "+.4f"),
     ABSENT if point.family == "full" else _spread(point),
+    against_uniform(point),
     number(point.mean("perplexity"), ".3f"),
     number(point.mean("kl")),
     _share(point.mean("router_agreement")),
@@ -178,6 +179,13 @@ def _spread(point: Point) -> str:
     return f"{span[0]:.4f} to {span[1]:.4f} ({len(point.rows)})"
   ci = point.mean("loss_delta_ci95")
   return ABSENT if ci is None else f"± {ci:.4f}"
+
+
+def against_uniform(point: Point) -> str:
+  """The increase over uniform widths at the same budget, with half of its 95% interval where there is one draw."""
+  delta, ci = point.mean("vs_uniform"), point.mean("vs_uniform_ci95")
+  several = len(point.rows) > 1 or ci is None
+  return number(delta, "+.4f") + ("" if delta is None or several else f" ± {ci:.4f}")
 
 
 def accounting(points: Sequence[Point], full: Row | None) -> Table:

@@ -4,7 +4,8 @@ A score is a function of the `Evidence`; it returns one of two things:
 
 - `[L, E]`, a *ranking*: one number an expert. `SCORES` states which end of it is the sensitive one by the claim of its
   source, because the sources disagree (small router norm change, but high frequency).
-- `[L, E, W]`, a *cost*: the price of storing each expert at each candidate width.
+- `[L, E, W]`, a *cost*: the price of storing each expert at each candidate width; or, where it is known, of each of its
+  projections, `[L, E, P, W]`.
 
 Either can drive the tier rules (a cost is ranked by its value at the lowest width) and the knapsack (a ranking is
 turned into a cost by `as_cost`). To add one, write the function and enter it in `SCORES`.
@@ -29,7 +30,7 @@ class Evidence:
     errors: errors of every expert at every width.
     routers: `[L, E, D]` float32, router rows.
     routers_init: `[L, E, D]` float32, the rows before training, or `None` if they are not known.
-    experts: per layer `{"gate", "up": [E, D, F], "down": [E, F, D]}`.
+    experts: per layer `{projection: [E, K, N]}`: `gate` (where the model has it), `up`, `down`.
     damage: `[L, E]` measured loss increase at `damage_bits`, or `None` before it is measured.
     damage_stderr: `[L, E]` standard error of `damage`, or `None` if it is exact.
     damage_bits: the width at which damage was measured.
@@ -50,7 +51,7 @@ class Score:
   """An entry of the table.
 
   Attributes:
-    function: `(evidence, **options) -> [L, E] or [L, E, W]`.
+    function: `(evidence, **options) -> [L, E], [L, E, W] or [L, E, P, W]`.
     sensitive: for rankings, which end needs the bits by the source's claim: `"low"` or `"high"`.
     units: for costs, `"nats"` (predicted loss increase per token) or `"arbitrary"`.
   """
@@ -67,7 +68,7 @@ SCORES: dict[str, Score] = {
     "frequency": Score(router.frequency),
     "gate_weight": Score(router.gate_weight),
     "max_var": Score(weight.max_var),
-    "weight_mse": Score(weight.mse),
+    "weight_mse": Score(weight.cells),
     "router_grad_error": Score(router.grad_error),
     "output_error": Score(loss.output_error),
     "fisher_error": Score(loss.fisher_error, units="nats"),
@@ -90,17 +91,17 @@ def check(specs: Sequence[str]) -> None:
 
 
 def evaluate(spec: str, evidence: Evidence) -> np.ndarray:
-  """The values of the score that `spec` names, `[L, E]` or `[L, E, W]` float64.
+  """The values of the score that `spec` names, `[L, E]`, `[L, E, W]` or `[L, E, P, W]` float64.
 
   Raises:
     registry.SpecError: no such score or option; names the nearest.
     ValueError: the score needs evidence that is not there, or gave values of another shape or that are not finite.
   """
   values = np.asarray(_function(spec)(evidence), np.float64)
-  *units, _, widths = evidence.errors.weight.shape
-  if list(values.shape) not in (units, [*units, widths]):
-    raise ValueError(f"score {spec}: gave shape {values.shape}; a score is [L, E] = {units} or [L, E, W] with"
-                     f" {widths} widths")
+  cells = (*evidence.routers.shape[:2], len(evidence.errors.projections), len(evidence.errors.widths))
+  if values.shape not in (cells[:2], (*cells[:2], cells[3]), cells):
+    raise ValueError(f"score {spec}: gave shape {values.shape}; a score is [L, E] = {list(cells[:2])}, or [L, E, W]"
+                     f" with {cells[3]} widths")
   for layer, expert, *_ in np.argwhere(~np.isfinite(values))[:1]:
     raise ValueError(f"score {spec}: not finite for layer {layer}, expert {expert}; the evidence that it reads is"
                      " damaged there: calibrate and encode again")
@@ -110,24 +111,25 @@ def evaluate(spec: str, evidence: Evidence) -> np.ndarray:
 def sensitivity(spec: str, evidence: Evidence) -> np.ndarray:
   """`[L, E]`, higher = more sensitive by the claim of the score's source."""
   values = evaluate(spec, evidence)
-  if values.ndim == 3:
-    return values[..., 0]
+  if values.ndim > 2:
+    return values.reshape(*values.shape[:2], -1, values.shape[-1])[..., 0].sum(axis=2)
   return -values if SCORES[registry.parse(spec).name].sensitive == "low" else values
 
 
 def as_cost(spec: str, evidence: Evidence) -> artifacts.CostTable:
-  """The cost table of a score, `[U, W]`.
+  """The cost table of a score, `[L, E, P, W]`.
 
   A ranking `s` becomes `s * weight error` where high is sensitive and `exp(-s / std(s)) * weight error` where low is
-  (norm changes may be negative, so they cannot be divided by). Costs of an expert never rise with its bits: where an
-  encoder was worse at more bits, the better, smaller code's cost is charged. Negative values count as zero.
+  (norm changes may be negative, so they cannot be divided by). A cost per expert is split over its projections in
+  proportion to their weight error at that width. Negative values count as zero.
   """
   values = evaluate(spec, evidence)
-  score = SCORES[registry.parse(spec).name]
+  score, errors = SCORES[registry.parse(spec).name], evidence.errors
   if values.ndim == 2:
     if score.sensitive == "low":
       values = np.exp(-(values - values.mean()) / max(values.std(), 1e-12))
-    values = values[..., None] * weight.mse_table(evidence)
-  cost = np.minimum.accumulate(np.maximum(values, 0.0), axis=-1).reshape(-1, values.shape[-1])
-  return artifacts.CostTable(cost=cost, widths=evidence.errors.widths, score=registry.canonical(spec),
-                             units=score.units)
+    values = values[..., None, None] * weight.cells(evidence)
+  elif values.ndim == 3:
+    values = values[:, :, None] * weight.shares(evidence)
+  return artifacts.CostTable(np.maximum(values, 0.0), errors.widths, registry.canonical(spec), score.units,
+                             errors.projections, errors.sizes)

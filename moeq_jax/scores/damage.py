@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moeq_jax import artifacts
+from moeq_jax import artifacts, steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,25 +34,10 @@ class Damage(artifacts.Saved):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _replaced(functions: Any, block: Any, expert: jax.Array, weights: Mapping[str, jax.Array], h: jax.Array):
+def _replaced(functions: Any, block: Any, expert: jax.Array, weights: Mapping[str, jax.Array], state: Any) -> Any:
   """The block's output with one expert's weights `[K, N]` replaced."""
   experts = {name: w.at[expert].set(weights[name].astype(w.dtype)) for name, w in functions.experts(block).items()}
-  return functions.block(functions.with_experts(block, experts), h)[0]
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _embed(functions: Any, top: Any, tokens: jax.Array) -> jax.Array:
-  return functions.embed(top, tokens)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _block(functions: Any, block: Any, h: jax.Array) -> jax.Array:
-  return functions.block(block, h)[0]
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _loss(functions: Any, top: Any, h: jax.Array, tokens: jax.Array) -> jax.Array:
-  return jnp.mean(functions.losses(functions.head(top, h), tokens), axis=-1)
+  return functions.block(functions.with_experts(block, experts), state)[0]
 
 
 def measure(functions: Any, top: Any, blocks: Sequence[Any], batches: Sequence[np.ndarray], *, bits: int,
@@ -65,27 +50,32 @@ def measure(functions: Any, top: Any, blocks: Sequence[Any], batches: Sequence[n
     top, blocks: full-precision parameters.
     batches: held-out tokens `[B, S]` int32, all of one shape.
     bits: the width that `dequantized` stands for.
-    dequantized: `(layer, expert) -> {"gate", "up", "down"}` `[K, N]`, that expert after quantization.
+    dequantized: `(layer, expert) -> {projection: [K, N]}`, that expert after quantization; MoE layers only are counted.
     advance: called after each expert.
   """
   batches = [jnp.asarray(tokens) for tokens in batches]
-  current = [_embed(functions, top, tokens) for tokens in batches]
+  places = steps.sparse(functions, blocks)
 
-  def losses(states: list[jax.Array], after: int) -> np.ndarray:
-    for block in blocks[after:]:
-      states = [_block(functions, block, h) for h in states]
-    return np.concatenate([np.asarray(_loss(functions, top, h, t), np.float64) for h, t in zip(states, batches)])
+  def through(states: list[Any], start: int, stop: int) -> list[Any]:
+    for block in blocks[start:stop]:
+      states = [steps.block(functions, block, state)[0] for state in states]
+    return states
 
+  def losses(states: list[Any], start: int) -> np.ndarray:
+    ends = zip(through(states, start, len(blocks)), batches)
+    return np.concatenate([np.asarray(steps.sequence_losses(functions, top, *end), np.float64) for end in ends])
+
+  current, reached = [steps.embed(functions, top, tokens) for tokens in batches], 0
   baseline = losses(current, 0)
-  shape = (len(blocks), functions.experts(blocks[0])["gate"].shape[0])
+  shape = len(places), len(next(iter(functions.experts(blocks[places[0]]).values())))
   mean, stderr = np.zeros(shape), np.zeros(shape)
-  for layer, block in enumerate(blocks):
+  for layer, place in enumerate(places):
+    current, reached = through(current, reached, place), place
     for expert in range(shape[1]):
       weights = {name: jnp.asarray(w) for name, w in dequantized(layer, expert).items()}
-      states = [_replaced(functions, block, jnp.int32(expert), weights, h) for h in current]
-      difference = losses(states, layer + 1) - baseline
+      states = [_replaced(functions, blocks[place], jnp.int32(expert), weights, state) for state in current]
+      difference = losses(states, place + 1) - baseline
       mean[layer, expert] = difference.mean()
       stderr[layer, expert] = difference.std(ddof=1) / np.sqrt(len(difference))
       advance(note=f"layer {layer}, expert {expert}: {mean[layer, expert]:+.4f} nats")
-    current = [_block(functions, block, h) for h in current]
   return Damage(mean, stderr, bits, sum(int(t.shape[0] * (t.shape[1] - 1)) for t in batches))

@@ -9,16 +9,23 @@ from moeq_jax.scores import weight
 
 
 def output_error(evidence: Any) -> np.ndarray:
-  """Squared output error summed over projections and calibration tokens, per token, `[L, E, W]`.
+  """Squared output error summed over calibration tokens, per token, `[L, E, P, W]`.
 
   Frequency is inside, since only an expert's own tokens are summed.
   """
-  return evidence.errors.output.sum(axis=2) / evidence.stats.total_tokens
+  return evidence.errors.output / evidence.stats.total_tokens
 
 
 def fisher_error(evidence: Any) -> np.ndarray:
-  """Diagonal Fisher times squared weight error, `[L, E, W]`: predicted loss increase in nats per token."""
-  return evidence.errors.fisher.sum(axis=2)
+  """Diagonal Fisher times squared weight error, `[L, E, P, W]`: predicted loss increase in nats per token.
+
+  Raises:
+    ValueError: the errors were measured without a backward pass.
+  """
+  if evidence.errors.fisher is None:
+    raise ValueError("score fisher_error: no backward pass was made, so there are no gradients; make one, or take"
+                     " output_error")
+  return evidence.errors.fisher
 
 
 def measured(evidence: Any) -> np.ndarray:
@@ -35,7 +42,7 @@ def measured(evidence: Any) -> np.ndarray:
     raise ValueError("score damage: no measured damage; set config.damage.sequences above 0")
   if evidence.damage_bits not in evidence.errors.widths:
     raise ValueError(f"score damage: measured at {evidence.damage_bits} bits, not one of {evidence.errors.widths}")
-  table = weight.mse_table(evidence)
+  table = weight.cells(evidence).sum(axis=2)
   at = table[..., evidence.errors.widths.index(evidence.damage_bits)][..., None]
   stderr = np.zeros_like(evidence.damage) if evidence.damage_stderr is None else evidence.damage_stderr
   damage = truncated_mean(evidence.damage, stderr)

@@ -41,5 +41,5 @@ def gate_weight(evidence: Any) -> np.ndarray:
 
 
 def grad_error(evidence: Any) -> np.ndarray:
-  """Router gradient norm times squared weight error, `[L, E, W]`: one backward pass, no second moments."""
-  return grad(evidence)[..., None] * weight.mse_table(evidence)
+  """Router gradient norm times squared weight error, `[L, E, P, W]`: one backward pass, no second moments."""
+  return grad(evidence)[..., None, None] * weight.cells(evidence)

@@ -8,7 +8,8 @@ import numpy as np
 def max_var(evidence: Any, variant: str = "paper") -> np.ndarray:
   """Maximum intra-neuron variance, `[L, E]` (arXiv 2604.06515, section on MaxVar).
 
-  A neuron is a row of the first expert matrix (`gate`, HF's w1): the weights from all inputs to one hidden unit.
+  A neuron is a row of the first expert matrix (`gate`, HF's w1; `up` where there is no gate): the weights from all
+  inputs to one hidden unit.
 
   Args:
     evidence: `scores.Evidence`.
@@ -22,21 +23,26 @@ def max_var(evidence: Any, variant: str = "paper") -> np.ndarray:
     raise ValueError(f"max_var: variant {variant!r} is neither 'paper' nor 'code'")
   rows = []
   for experts in evidence.experts:
-    gate = np.asarray(experts["gate"], np.float32)  # [E, D, F]: neurons are columns here
+    first = np.asarray(experts["gate" if "gate" in experts else "up"], np.float32)  # [E, D, F]: neurons are columns
     if variant == "paper":
-      rows.append(gate.var(axis=1).max(axis=1))
+      rows.append(first.var(axis=1).max(axis=1))
     else:
-      largest = np.linalg.norm(gate, axis=1).argmax(axis=1)
-      rows.append(gate[np.arange(len(gate)), :, largest].var(axis=1, ddof=1))
+      largest = np.linalg.norm(first, axis=1).argmax(axis=1)
+      rows.append(first[np.arange(len(first)), :, largest].var(axis=1, ddof=1))
   return np.stack(rows)
 
 
-def mse_table(evidence: Any) -> np.ndarray:
-  """Squared weight error per expert and width, relative to the mean squared norm of an expert, `[L, E, W]`."""
+def cells(evidence: Any) -> np.ndarray:
+  """Squared weight error of every projection and width, relative to the mean squared norm of an expert,
+  `[L, E, P, W]`: the cost that knows nothing of data or routing."""
   errors = evidence.errors
-  return errors.weight.sum(axis=2) / errors.norm.sum(axis=2).mean()
+  return errors.weight / errors.norm.sum(axis=2).mean()
 
 
-def mse(evidence: Any) -> np.ndarray:
-  """Squared weight error of all three projections, `[L, E, W]`: the cost that knows nothing of data or routing."""
-  return mse_table(evidence)
+def shares(evidence: Any) -> np.ndarray:
+  """How a cost of an expert is split over its projections, `[L, E, P, W]`: in proportion to their squared weight error,
+  and to their sizes where there is no error at all."""
+  errors = evidence.errors
+  total = errors.weight.sum(axis=2, keepdims=True)
+  sizes = np.array(errors.sizes) / sum(errors.sizes)
+  return np.where(total > 0, errors.weight / np.where(total > 0, total, 1.0), sizes[:, None])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moeq_jax import artifacts, registry
-from moeq_jax.allocate import methods, problem
+from moeq_jax.allocate import constraints, methods, problem
 
 WIDTHS = (1, 2, 3, 4)
 SHAPE = (3, 8)
@@ -18,16 +18,17 @@ SHAPE = (3, 8)
 
 def table(seed: int, score: str = "fisher_error", units: str = "nats") -> artifacts.CostTable:
   rng = np.random.default_rng(seed)
-  sensitivity = np.exp(rng.normal(0, 1.5, (SHAPE[0] * SHAPE[1], 1)))
-  cost = sensitivity * 4.0 ** -np.array(WIDTHS) * np.exp(rng.normal(0, 0.2, (len(sensitivity), len(WIDTHS))))
-  return artifacts.CostTable(np.minimum.accumulate(cost, axis=1), WIDTHS, score, units)
+  sensitivity = np.exp(rng.normal(0, 1.5, (*SHAPE, 3, 1)))
+  cost = sensitivity * 4.0 ** -np.array(WIDTHS) * np.exp(rng.normal(0, 0.2, (*SHAPE, 3, len(WIDTHS))))
+  falling = np.minimum.accumulate(cost, axis=3)
+  return artifacts.CostTable(falling, WIDTHS, score, units, artifacts.PROJECTIONS, (4096,) * 3)
 
 
 def inputs(seed: int = 0, **changes: Any) -> methods.Inputs:
   rng = np.random.default_rng(seed)
   values = {spec: rng.random(SHAPE) for spec in ("router_norm", "frequency")} | {
       "max_var": np.full(SHAPE, 1.0), "max_var(variant='code')": np.full(SHAPE, 1.0)}
-  made = methods.Inputs(widths=WIDTHS, shape=SHAPE, weights=12288, cost=functools.partial(_cost, seed),
+  made = methods.Inputs(widths=WIDTHS, shape=SHAPE, cost=functools.partial(_cost, seed),
                         sensitivity=values.__getitem__, draws=5, seed=seed)
   return dataclasses.replace(made, **changes)
 
@@ -38,7 +39,8 @@ def _cost(seed: int, spec: str) -> artifacts.CostTable:
 
 METHODS = ("uniform", "random", "random(levels=3)", "tiers(router_norm)", "tiers(router_norm, levels=3)",
            "tiers(router_norm, variant=code, levels=3)", "tiers(frequency, reverse=True, zeta=0)",
-           "knapsack(fisher_error)", "knapsack(damage)", "knapsack(frequency)")
+           "knapsack(fisher_error)", "knapsack(damage)", "knapsack(frequency)",
+           "knapsack(fisher_error, constraint=expert)", "knapsack(fisher_error, widths=(1, 2, 4))")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -169,6 +171,10 @@ def test_more_budget_never_costs_more(seed: int):
     ("tiers(router_norm, zeta=3.0, levels=2)", "tiers", "tiers(router_norm)"),
     ("tiers( router_norm,reverse=True )", "tiers", "tiers(router_norm, reverse=True)"),
     ("knapsack(fisher_error)", "knapsack", "knapsack(fisher_error)"),
+    ("knapsack( fisher_error,constraint='expert')", "knapsack", "knapsack(fisher_error)"),
+    ("knapsack(frequency, constraint='none')", "knapsack", "knapsack(frequency, constraint=none)"),
+    ("knapsack(damage, widths=[4, 2], constraint=per_layer)", "measured",
+     "knapsack(damage, constraint=per_layer, widths=(2, 4))"),
     ("knapsack(damage)", "measured", "knapsack(damage)")])
 def test_a_plan_carries_its_family_and_its_name_without_defaults(spec: str, family: str, name: str):
   candidate = methods.candidates(spec, 2.5, inputs())[0]
@@ -182,9 +188,28 @@ def test_only_nats_are_shown_as_a_predicted_loss():
     row = candidate.as_row()
     assert row["predicted"] == (candidate.plan.predicted if nats else None)
     assert row["lower_bound"] == (candidate.plan.lower_bound if nats else None)
+    assert row["cost"] == candidate.plan.predicted > 0
     assert 0 <= row["gap"] < 1e-6 and row["plan"] == artifacts.digest(candidate.plan.bits)
   row = methods.candidates("uniform", 2.5, inputs())[2].as_row()
   assert (row["predicted"], row["gap"], row["draw"], row["id"]) == (None, None, 2, "uniform-2.5-draw2")
+
+
+@pytest.mark.parametrize("constraint", constraints.CONSTRAINTS)
+def test_a_knapsack_under_a_constraint(constraint: str):
+  given = inputs()
+  candidate = methods.candidates(f"knapsack(fisher_error, constraint={constraint})", 2.25, given)[0]
+  expected = problem.plan(table(0), 2.25, constraint)
+  np.testing.assert_array_equal(candidate.plan.bits, expected.bits)
+  assert candidate.plan.constraint == candidate.as_row()["constraint"] == constraint
+  assert candidate.plan.bits.mean() <= 2.25 and candidate.units == "nats"
+
+
+def test_a_knapsack_on_some_of_the_widths():
+  candidate = methods.candidates("knapsack(fisher_error, widths=(2, 4), constraint=none)", 2.5, inputs())[0]
+  assert set(candidate.plan.bits.ravel()) == {2, 4} and candidate.plan.bits.mean() <= 2.5
+  every = methods.candidates("knapsack(fisher_error, constraint=none)", 2.5, inputs())[0]
+  assert every.plan.predicted < candidate.plan.predicted
+  assert candidate.file_name() != every.file_name()
 
 
 def test_the_score_of_a_method():
@@ -201,7 +226,8 @@ def test_the_score_of_a_method():
 @pytest.mark.parametrize(("spec", "said"), [
     ("knapsak(fisher_error)", "did you mean 'knapsack'"), ("tiers(frequency, level=3)", "did you mean 'levels'"),
     ("tiers", "takes one score"), ("knapsack", "takes one score"), ("uniform(2)", "takes no score"),
-    ("random(3)", "takes no score"), ("knapsack(a, b)", "takes one score")])
+    ("random(3)", "takes no score"), ("knapsack(a, b)", "takes one score"),
+    ("knapsack(a, constrain=per_layer)", "did you mean 'constraint'")])
 def test_an_unknown_method_or_argument_is_refused(spec: str, said: str):
   for run in (lambda: methods.check([spec], [2.5], WIDTHS), lambda: methods.candidates(spec, 2.5, inputs())):
     with pytest.raises(registry.SpecError, match=said):
@@ -235,7 +261,12 @@ def test_a_bit_set_that_is_none_is_refused(widths: tuple, said: str):
 
 
 @pytest.mark.parametrize(("spec", "said"), [
-    ("tiers(frequency, variant=papre)", "unknown variant 'papre'"), ("tiers(frequency, zeta=0.5)", "zeta")])
-def test_options_of_tiers_are_checked(spec: str, said: str):
-  with pytest.raises(ValueError, match=said):
-    methods.candidates(spec, 2.5, inputs())
+    ("tiers(frequency, variant=papre)", "unknown variant 'papre'"), ("tiers(frequency, zeta=0.5)", "zeta"),
+    ("knapsack(frequency, constraint=per_layr)", "did you mean 'per_layer'"),
+    ("knapsack(frequency, widths=(2, 8))", r"choose at least one of config.widths=\(1, 2, 3, 4\)"),
+    ("knapsack(frequency, widths=2)", r"write them like \(2, 4\)"),
+    ("knapsack(frequency, widths=(3, 4))", "raise the budget or add a width")])
+def test_options_are_checked(spec: str, said: str):
+  for run in (lambda: methods.check([spec], [2.5], WIDTHS), lambda: methods.candidates(spec, 2.5, inputs())):
+    with pytest.raises(ValueError, match=said):
+      run()

@@ -50,8 +50,8 @@ def test_a_width_that_was_not_encoded_is_named():
 
 def test_widths_in_any_order():
   codes = tiny.encoded()[0][0]
-  turned = dataclasses.replace(codes, **{name: artifacts.Codes(*(field[::-1] for field in getattr(codes, name)))
-                                         for name in artifacts.PROJECTIONS})
+  turned = dataclasses.replace(codes, codes={name: artifacts.Codes(*(field[::-1] for field in bank))
+                                             for name, bank in codes.codes.items()})
   layer = apply.pack_layer(turned, tiny.PLAN[0], widths=tiny.WIDTHS[::-1], group=32)
   for name, q in tiny.packed()[0].items():
     np.testing.assert_array_equal(layer[name].buffer, q.buffer)

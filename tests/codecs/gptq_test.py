@@ -171,3 +171,24 @@ def test_a_missing_moment_is_an_error_that_says_so():
 def test_senseless_options_are_refused(options):
   with pytest.raises(ValueError, match="damping|block|group"):
     gptq.Spec(**options)
+
+
+@pytest.mark.parametrize("group", [32, 0])
+def test_panels_do_not_change_the_result(group, monkeypatch):
+  w, moment, spec = weights(16, rows=300), second_moment(16, rows=300), gptq.Spec(group=group, block=32)
+  whole = jax.jit(lambda w, m: gptq.encode(w, 2, m, spec))(w, moment)
+  factor = np.asarray(jax.jit(lambda m: gptq.factorise(m, spec))(moment))
+  monkeypatch.setattr(gptq, "PANEL", 96)
+  cut_factor = jax.jit(lambda m: gptq.factorise(m, spec))(moment)
+  np.testing.assert_allclose(cut_factor, factor, atol=1e-4 * np.abs(factor).max())
+  cut = jax.jit(lambda w, f: gptq.encode(w, 2, None, spec, factor=f))(w, cut_factor)
+  assert np.mean(np.asarray(whole.codes) == np.asarray(cut.codes)) > 0.995
+  assert errors(w, cut, moment) == pytest.approx(errors(w, whole, moment), rel=0.01)
+
+
+def test_a_factor_serves_all_widths_and_slabs_of_columns():
+  w, moment, spec = weights(17), second_moment(17), gptq.Spec(group=32)
+  factor = jax.jit(gptq.factorise, static_argnums=1)(moment, spec)
+  slab = jax.jit(lambda w, bits: gptq.encode(w, bits, None, spec, factor=factor))
+  for bits in (1, 3):
+    assert_equal(jax.tree.map(lambda part: part[:, :40], encode(w, bits, moment, spec)), slab(w[:, :40], bits))

@@ -37,8 +37,7 @@ def test_errors_equal_the_formulas_on_decoded_weights(spec: str):
 def test_codes_fit_their_width_and_errors_fall_with_it():
   layers, table = tiny.encoded()
   for codes in layers:
-    for name in artifacts.PROJECTIONS:
-      bank = getattr(codes, name)
+    for bank in codes.codes.values():
       assert bank.codes.dtype == np.uint8 and bank.scale.dtype == jnp.bfloat16
       assert bank.codes.max(axis=(1, 2, 3)).tolist() == [2**bits - 1 for bits in tiny.WIDTHS]
   for errors in (table.weight, table.output[0]):

@@ -1,8 +1,7 @@
-"""The decoder: what a position may see, rotary positions, losses, and configs as Hugging Face writes them."""
+"""The decoder: what a position may see, its parts, losses, and how stages see it."""
 
+import dataclasses
 import functools
-import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,18 +9,23 @@ import numpy as np
 import optax
 import pytest
 
-from moeq_jax.models import decoder
+from moeq_jax.models import convert, decoder, families
 
 CONFIG = decoder.DecoderConfig(
     vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, head_dim=6, num_local_experts=4, num_experts_per_tok=2)
-GOLDEN = Path(__file__).parents[1] / "golden" / "mixtral_tied" / "config.json"
+MIXED = dataclasses.replace(  # Qwen's options: every kind of block and of parameter
+    CONFIG, num_hidden_layers=4, norm_topk_prob=False, qkv_bias=True, o_bias=True, qk_norm="head", shared_size=10,
+    dense_size=20, dense_layers=(0, 2), sliding_windows=(None, None, 3, None), tie_word_embeddings=False)
 BATCH, LENGTH = 2, 9
 
 
 @functools.cache
-def model() -> decoder.Decoder:
-  return jax.tree.map(lambda a: a * (20 if a.ndim > 1 else 1), decoder.init(CONFIG, 0))
+def model(config: decoder.DecoderConfig = CONFIG) -> decoder.Decoder:
+  """Random weights of a size at which attention, routing and biases matter."""
+  rng = np.random.default_rng(0)
+  draw = lambda a: jnp.asarray(rng.normal(a.ndim == 1, 0.4 if a.ndim > 1 else 0.1, a.shape), jnp.float32)
+  return jax.tree.map(draw, families.abstract(config))
 
 
 def tokens(seed: int = 0) -> np.ndarray:
@@ -79,69 +83,6 @@ def test_the_order_of_earlier_tokens_matters():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Rotary positions
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def test_rotation_is_that_of_complex_numbers():
-  x, theta = np.random.default_rng(0).normal(size=(1, 7, 2, 8)).astype(np.float32), 100.0
-  turned = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * np.arange(7)[:, None, None] * theta ** (-np.arange(4) / 4))
-  expected = np.concatenate([turned.real, turned.imag], -1)
-  np.testing.assert_allclose(decoder.rotate(jnp.asarray(x), theta), expected, atol=1e-5)
-
-
-def test_scores_depend_on_distance_alone():
-  rng = np.random.default_rng(0)
-  q, k = (np.broadcast_to(rng.normal(size=10).astype(np.float32), (1, 12, 1, 10)) for _ in range(2))
-  turn = lambda a: np.asarray(decoder.rotate(jnp.asarray(a), 50.0), np.float64)[0, :, 0]
-  scores = turn(q) @ turn(k).T
-  np.testing.assert_allclose(scores[1:, 1:], scores[:-1, :-1], atol=1e-4)
-  assert np.std(scores[0]) > 0.1
-  np.testing.assert_allclose(turn(q)[0], q[0, 0, 0], atol=1e-7)
-
-
-def test_rotation_keeps_the_dtype():
-  x = jnp.ones((1, 300, 1, 4), jnp.bfloat16)
-  turned = decoder.rotate(x, 1e4)
-  assert turned.dtype == jnp.bfloat16
-  angle = np.arange(300)  # angles in bfloat16 would be wrong from 256 on
-  np.testing.assert_allclose(np.float32(turned[0, :, 0, 0]), np.cos(angle) - np.sin(angle), atol=1e-2)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Pieces
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def test_dense_and_its_gradients():
-  rng = np.random.default_rng(0)
-  x, w, dy = (rng.normal(size=s).astype(np.float32) for s in ((2, 3, 5), (5, 4), (2, 3, 4)))
-  y, pull = jax.vjp(decoder.dense, jnp.asarray(x), jnp.asarray(w))
-  np.testing.assert_allclose(y, np.float64(x) @ w, rtol=1e-5, atol=1e-5)
-  dx, dw = pull(jnp.asarray(dy))
-  np.testing.assert_allclose(dx, np.float64(dy) @ w.T, rtol=1e-5, atol=1e-5)
-  np.testing.assert_allclose(dw, np.einsum("bsk,bsn->kn", np.float64(x), dy), rtol=1e-5, atol=1e-5)
-
-
-def test_dense_sums_the_gradient_of_the_weight_in_float32():
-  """2049 is no bfloat16; the weight keeps its own dtype, the rows theirs."""
-  x, w = jnp.ones((3, 683, 3), jnp.bfloat16), jnp.ones((3, 2), jnp.float32)
-  y, pull = jax.vjp(decoder.dense, x, w)
-  dx, dw = pull(jnp.ones_like(y))
-  assert (y.dtype, dx.dtype, dw.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
-  np.testing.assert_array_equal(dw, np.full((3, 2), 2049.0))
-
-
-def test_rms_norm():
-  rng = np.random.default_rng(0)
-  x, weight = 100 * rng.normal(size=(2, 3, 8)), rng.normal(size=8)
-  expected = x / np.sqrt((x * x).mean(-1, keepdims=True) + 0.5) * weight
-  found = decoder.rms_norm(jnp.asarray(x, jnp.float32), jnp.asarray(weight, jnp.float32), 0.5)
-  np.testing.assert_allclose(found, expected, rtol=1e-5)
-  assert decoder.rms_norm(jnp.asarray(x, jnp.bfloat16), jnp.asarray(weight), 0.5).dtype == jnp.bfloat16
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Losses
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -185,7 +126,7 @@ def test_a_new_model_knows_nothing_and_is_made_from_its_seed():
 
 
 def test_an_untied_model_has_an_output_matrix_of_its_own():
-  untied = decoder.init(decoder.DecoderConfig(**{**vars(CONFIG), "tie_word_embeddings": False}), 0)
+  untied = decoder.init(dataclasses.replace(CONFIG, tie_word_embeddings=False), 0)
   h = jnp.ones((1, 1, CONFIG.hidden_size))
   expected = np.asarray(h)[0] @ np.asarray(untied.top.output[...]).T  # the norm of ones is ones
   np.testing.assert_allclose(untied.top.logits(h)[0], expected, rtol=1e-4, atol=1e-6)
@@ -212,55 +153,52 @@ def test_parameters_are_replaced_in_a_copy():
   np.testing.assert_array_equal(block_fn(run().with_router(block, run().router(block)), h), block_fn(block, h))
 
 
-def test_all_blocks_have_one_structure():
+def test_blocks_of_a_kind_have_one_structure():
   assert len({jax.tree.structure(block) for block in model().blocks}) == 1
+  first, sparse, windowed, last = (jax.tree.structure(block) for block in model(MIXED).blocks)
+  assert sparse == last and len({first, sparse, windowed}) == 3
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Configs
-# ---------------------------------------------------------------------------------------------------------------------
+def test_which_blocks_are_sparse():
+  assert [run().sparse(block) for block in model(MIXED).blocks] == [False, True, False, True]
+  assert [MIXED.sparse(layer) for layer in range(4)] == [False, True, False, True]
+  dense = dataclasses.replace(CONFIG, family="llama", num_local_experts=0)
+  assert not any(dense.sparse(layer) for layer in range(2))
+  assert families.abstract(dense).blocks[1].mlp.down.shape == (CONFIG.intermediate_size, CONFIG.hidden_size)
 
 
-def values(**changes) -> dict:
-  """The golden config with fields replaced; those set to `...` are left out."""
-  merged = json.loads(GOLDEN.read_text()) | changes
-  return {name: value for name, value in merged.items() if value is not ...}
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_block_is_its_parts(layer: int):
+  """A sparse block is before, the experts one at a time, and after; a dense one has no routing."""
+  block, h = model(MIXED).blocks[layer], jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 16)), jnp.float32)
+  whole, routing = jax.jit(lambda block, h: run().block(block, h))(block, h)
+  if layer == 0:
+    assert routing is None
+    return
+  pending, rows, ours = jax.jit(run().before)(block, h)
+  assert all(map(np.array_equal, jax.tree.leaves(ours), jax.tree.leaves(routing)))
+  experts, y = run().experts(block), np.zeros(rows.shape, np.float32)
+  for expert in range(MIXED.num_local_experts):
+    token, place = np.nonzero(np.asarray(ours.experts) == expert)
+    one = run().expert({name: w[expert] for name, w in experts.items()}, rows[token])
+    y[token] += np.asarray(ours.weights)[token, place][:, None] * np.asarray(one)
+  assert np.abs(y).max() > 0.1
+  np.testing.assert_allclose(run().after(block, pending, y), whole, rtol=1e-4, atol=1e-4)
 
 
-def test_a_config_of_transformers_5():
-  config = decoder.from_config(values(rope_parameters={"rope_theta": 5e5, "rope_type": "default"}))
-  assert config.rope_theta == 5e5
-  assert (config.hidden_size, config.head_dim, config.num_key_value_heads) == (32, 16, 2)
-  assert config.tie_word_embeddings
+def test_parameters_have_the_names_that_are_agreed():
+  attention = {f"attention/{n}{part}" for n in "qkv" for part in ("", "_bias")}
+  attention |= {"attention/o", "attention/o_bias", "attention/q_norm", "attention/k_norm", "attention_norm", "ffn_norm"}
+  dense = attention | {f"mlp/{n}" for n in ("gate", "up", "down")}
+  sparse = attention | {f"moe/{n}" for n in ("router", "gate", "up", "down", "shared_gate", "shared/gate", "shared/up",
+                                              "shared/down")}
+  expected = {f"blocks/{l}/{n}" for l in range(4) for n in (sparse if l % 2 else dense)}
+  shapes = {name: leaf.shape for name, leaf in convert.named_leaves(families.abstract(MIXED)).items()}
+  assert shapes.keys() == expected | {"top/embedding", "top/norm", "top/output"}
+  assert shapes["blocks/0/mlp/up"] == (16, 20) and shapes["blocks/1/moe/shared/down"] == (10, 16)
+  assert shapes["blocks/1/moe/shared_gate"] == (1, 16) and shapes["blocks/1/moe/down"] == (4, 24, 16)
 
 
-def test_a_config_of_transformers_4():
-  assert decoder.from_config(values(rope_parameters=..., rope_theta=2e4)).rope_theta == 2e4
-
-
-@pytest.mark.parametrize("head_dim", [None, ...])
-def test_the_head_size_follows_from_the_hidden_size(head_dim):
-  assert decoder.from_config(values(head_dim=head_dim)).head_dim == 8
-
-
-def test_what_a_config_leaves_out_is_what_transformers_takes():
-  config = decoder.from_config(values(rope_parameters=..., tie_word_embeddings=..., rms_norm_eps=...))
-  assert (config.rope_theta, config.tie_word_embeddings, config.rms_norm_eps) == (1e6, False, 1e-5)
-
-
-@pytest.mark.parametrize(("changes", "said"), [
-    ({"model_type": "llama"}, "model_type is 'llama'; supported: 'mixtral'"),
-    ({"model_type": ...}, "model_type is None"),
-    ({"sliding_window": 4096}, "sliding_window is set"),
-    ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; expected 'silu'"),
-    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type 'yarn' is not supported"),
-    ({"vocab_size": ...}, "vocab_size is None; a whole number is needed"),
-    ({"hidden_size": ..., "head_dim": None}, "hidden_size is None; a whole number is needed"),
-    ({"num_local_experts": "8"}, "num_local_experts is '8'; a whole number is needed"),
-    ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
-    ({"head_dim": 7}, "head_dim 7 is odd"),
-    ({"num_experts_per_tok": 5}, "num_experts_per_tok 5 is not between 1 and num_local_experts 4"),
-])
-def test_what_is_wrong_with_a_config_is_named(changes: dict, said: str):
-  with pytest.raises(ValueError, match=f"config.json: .*{said}"):
-    decoder.from_config(values(**changes))
+def test_functions_of_a_family_are_made_once():
+  assert families.functions(CONFIG, "float32") is families.functions(MIXED, jnp.float32) is run()
+  assert families.functions(CONFIG, "bfloat16").embed(model().top, jnp.asarray(tokens())).dtype == jnp.bfloat16

@@ -22,6 +22,12 @@ def layer(seed: int = 0) -> moe.MoE:
   return jax.tree.map(lambda a: a * 25, built)  # standard deviation 0.5: routing and the non-linearity matter
 
 
+def run(module: moe.MoE, x, tap: moe.Tap = moe.no_tap):
+  """`(what the experts make of x, routing)`."""
+  routing = module.route(x)
+  return module.experts(x, routing, tap), routing
+
+
 def rows(seed: int = 0) -> np.ndarray:
   return np.random.default_rng(seed).normal(size=(T, D)).astype(np.float32)
 
@@ -49,17 +55,41 @@ def mask_of(p: dict, x: np.ndarray) -> np.ndarray:
 
 def test_the_block_is_the_dense_formula():
   x, p = rows(), values(layer())
-  out, routing = jax.jit(lambda m, x: m(x))(layer(), x)
+  out, routing = jax.jit(run)(layer(), x)
   mask = mask_of(p, x)
   np.testing.assert_allclose(out, dense(p, np.float64(x), mask), rtol=1e-4, atol=1e-4)
   np.testing.assert_array_equal(routing.group_sizes, mask.sum(0))
   np.testing.assert_array_equal(routing.experts, choices(np.float64(x) @ p["router"].T))
 
 
+def test_shares_of_all_experts_are_not_renormalised():
+  x, p = rows(), values(layer())
+  module = jax.tree.map(lambda a: a, layer())
+  module.normalize = False
+  out, routing = jax.jit(run)(module, x)
+  logits, mask = np.float64(x) @ p["router"].T, mask_of(p, x)
+  share = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+  np.testing.assert_allclose(routing.weights, np.take_along_axis(share, choices(logits), 1), rtol=1e-4)
+  assert routing.weights.sum(-1).max() < 0.999
+  kept = (share * mask).sum(-1, keepdims=True)
+  np.testing.assert_allclose(out, kept * dense(p, np.float64(x), mask), rtol=1e-4, atol=1e-4)
+
+
+def test_the_shared_expert_sees_every_row_behind_its_gate():
+  module = moe.MoE(D, F, E, TOP_K, shared_size=5, dtype=jnp.float32, rngs=nnx.Rngs(1))
+  module, x = jax.tree.map(lambda a: a * 25, module), rows()
+  p = {name: np.float64(getattr(module.shared, name)[...]) for name in ("gate", "up", "down")}
+  a = np.float64(x) @ p["gate"]
+  expected = a / (1 + np.exp(-a)) * (x @ p["up"]) @ p["down"]
+  expected /= 1 + np.exp(-np.float64(x) @ np.float64(module.shared_gate[...]).T)
+  np.testing.assert_allclose(module.always(jnp.asarray(x)), expected, rtol=1e-4, atol=1e-4)
+  assert p["gate"].shape == (D, 5) and layer().always(x) is None
+
+
 def test_the_gradients_are_those_of_the_dense_formula():
   x, p = rows(), values(layer())
   pull = np.random.default_rng(9).normal(size=(T, D)).astype(np.float32)
-  ours, dx = jax.jit(jax.grad(lambda m, x: jnp.sum(m(x)[0] * pull), argnums=(0, 1)))(layer(), x)
+  ours, dx = jax.jit(jax.grad(lambda m, x: jnp.sum(run(m, x)[0] * pull), argnums=(0, 1)))(layer(), x)
   mask = mask_of(p, x)
   with jax.enable_x64():
     theirs, dx64 = jax.grad(lambda p, x: jnp.sum(dense(p, x, mask, jnp) * pull), argnums=(0, 1))(p, np.float64(x))
@@ -75,7 +105,7 @@ def test_no_token_is_dropped_when_all_go_to_the_same_experts():
   p["router"][[2, 4]] = [[1.0], [0.9]]  # all rows are positive, so all choose 2, then 4
   module = jax.tree.map(lambda a: a, layer())
   module.router = nnx.Param(jnp.asarray(p["router"], jnp.float32))
-  out, routing = jax.jit(lambda m, x: m(x))(module, x)
+  out, routing = jax.jit(run)(module, x)
   np.testing.assert_array_equal(routing.group_sizes, [0, 0, T, 0, T, 0])
   np.testing.assert_allclose(out, dense(p, np.float64(x), mask_of(p, x)), rtol=1e-4, atol=1e-4)
   assert (np.abs(out).max(-1) > 0).all()
@@ -87,7 +117,7 @@ def test_bfloat16_rows_come_back_in_bfloat16_and_are_routed_in_float32():
   router = np.zeros((E, D), np.float32)
   router[:, 0] = [0.5, 1.0, 1.0 + 2**-12, 0.25, 0.0, -1.0]
   module.router = nnx.Param(jnp.asarray(router))
-  out, routing = module(jnp.ones((3, D), jnp.bfloat16))
+  out, routing = run(module, jnp.ones((3, D), jnp.bfloat16))
   assert out.dtype == jnp.bfloat16
   assert routing.logits.dtype == routing.weights.dtype == jnp.float32
   np.testing.assert_array_equal(routing.experts, [[2, 1]] * 3)
@@ -101,7 +131,7 @@ def test_taps_see_the_rows_of_each_expert_in_order():
     seen[name] = np.asarray(value), np.asarray(sizes)
     return value
 
-  out, routing = layer()(x, tap)
+  out, routing = run(layer(), x, tap)
   assert list(seen) == ["input", "gate", "up", "mid", "down"]
   expert = np.repeat(np.arange(E), routing.group_sizes)
   token = np.concatenate([np.flatnonzero((np.asarray(routing.experts) == e).any(1)) for e in range(E)])
@@ -113,7 +143,7 @@ def test_taps_see_the_rows_of_each_expert_in_order():
   for name, value in (("gate", gate), ("up", up), ("mid", mid), ("down", down)):
     np.testing.assert_allclose(seen[name][0], value, rtol=1e-4, atol=1e-4, err_msg=name)
     np.testing.assert_array_equal(seen[name][1], routing.group_sizes)
-  np.testing.assert_array_equal(out, layer()(x)[0])
+  np.testing.assert_array_equal(out, run(layer(), x)[0])
 
 
 @given(st.lists(st.lists(st.integers(-3, 3), min_size=E, max_size=E), min_size=4, max_size=4), st.integers(1, 3))

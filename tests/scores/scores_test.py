@@ -25,7 +25,8 @@ def evidence(seed: int = 0, **changes: Any) -> scores.Evidence:
       batches=1)
   falling = lambda: np.sort(rng.random((*shape, 3, len(WIDTHS))))[..., ::-1]
   errors = artifacts.ErrorTable(weight=falling(), output=falling(), fisher=falling(), norm=1 + rng.random((*shape, 3)),
-                                widths=WIDTHS, codec="rtn(group=32)", group=32)
+                                widths=WIDTHS, codec="rtn(group=32)", group=32, projections=artifacts.PROJECTIONS,
+                                sizes=(D * F,) * 3)
   experts = [{"gate": rng.normal(size=(EXPERTS, D, F)), "up": rng.normal(size=(EXPERTS, D, F)),
               "down": rng.normal(size=(EXPERTS, F, D))} for _ in range(LAYERS)]
   made = scores.Evidence(stats, errors, rng.normal(size=(*shape, D)).astype(np.float32),
@@ -40,7 +41,7 @@ def evidence(seed: int = 0, **changes: Any) -> scores.Evidence:
 
 def test_scores_equal_their_formulas():
   e = evidence()
-  mse = e.errors.weight.sum(2) / e.errors.norm.sum(2).mean()
+  mse = e.errors.weight / e.errors.norm.sum(2).mean()
   expected = {
       "router_norm": np.sqrt((e.routers.astype(np.float64) ** 2).sum(-1)),
       "router_grad": e.stats.router_grad,
@@ -48,9 +49,9 @@ def test_scores_equal_their_formulas():
       "gate_weight": [[0.5, 0.75, 0], [0.5, 0.2, 0.5]],
       "max_var": [[max(np.var(x["gate"][i, :, f]) for f in range(F)) for i in range(EXPERTS)] for x in e.experts],
       "weight_mse": mse,
-      "router_grad_error": e.stats.router_grad[..., None] * mse,
-      "output_error": (e.errors.output[:, :, 0] + e.errors.output[:, :, 1] + e.errors.output[:, :, 2]) / 8,
-      "fisher_error": e.errors.fisher.sum(2),
+      "router_grad_error": e.stats.router_grad[..., None, None] * mse,
+      "output_error": e.errors.output / 8,
+      "fisher_error": e.errors.fisher,
   }
   for spec, values in expected.items():
     np.testing.assert_allclose(scores.evaluate(spec, e), values, rtol=1e-6, err_msg=spec)
@@ -77,7 +78,7 @@ def test_the_two_variants_of_max_var():
 def test_measured_damage_is_carried_to_other_widths_by_the_weight_error():
   damage = np.array([[0.3, -0.1, 0.0], [0.02, 0.5, 1.0]])
   e = evidence(damage=damage, damage_bits=2)
-  values, mse = scores.evaluate("damage", e), weight.mse_table(e)
+  values, mse = scores.evaluate("damage", e), weight.cells(e).sum(2)
   np.testing.assert_allclose(values[..., 1], np.maximum(damage, 0))
   np.testing.assert_allclose(values[..., 0], np.maximum(damage, 0) * mse[..., 0] / mse[..., 1])
   np.testing.assert_allclose(values[..., 2], np.maximum(damage, 0) * mse[..., 2] / mse[..., 1])
@@ -119,20 +120,49 @@ def test_sensitivity_points_where_the_source_claims(spec: str, sign: int):
 @pytest.mark.parametrize("spec", ["weight_mse", "router_grad_error", "output_error", "fisher_error"])
 def test_the_sensitivity_of_a_cost_is_its_value_at_the_lowest_width(spec: str):
   e = evidence()
-  np.testing.assert_array_equal(scores.sensitivity(spec, e), scores.evaluate(spec, e)[..., 0])
+  np.testing.assert_array_equal(scores.sensitivity(spec, e), scores.evaluate(spec, e).sum(2)[..., 0])
 
 
 @pytest.mark.parametrize("spec", scores.SCORES)
 @pytest.mark.parametrize("seed", range(3))
-def test_costs_are_not_negative_and_never_rise_with_the_bits(spec: str, seed: int):
+def test_costs_are_not_negative_and_name_what_they_are_of(spec: str, seed: int):
   rng = np.random.default_rng(seed)
   e = evidence(seed, damage=rng.normal(size=(LAYERS, EXPERTS)))
-  worse = e.errors.weight.copy()
-  worse[..., 2] *= 3  # an encoder that did worse at more bits
-  table = scores.as_cost(spec, dataclasses.replace(e, errors=dataclasses.replace(e.errors, weight=worse)))
-  assert table.cost.shape == (LAYERS * EXPERTS, len(WIDTHS)) and table.widths == WIDTHS and table.score == spec
-  assert (table.cost >= 0).all() and (np.diff(table.cost) <= 0).all()
+  table = scores.as_cost(spec, e)
+  assert table.cost.shape == (LAYERS, EXPERTS, 3, len(WIDTHS)) and table.widths == WIDTHS and table.score == spec
+  assert (table.cost >= 0).all() and table.cost.any()
+  assert table.projections == artifacts.PROJECTIONS and table.sizes == (D * F,) * 3
   assert table.units == ("nats" if spec in ("fisher_error", "damage") else "arbitrary")
+
+
+@pytest.mark.parametrize("spec", ["frequency", "router_norm_change", "damage", "mine"])
+def test_a_number_per_expert_is_split_in_proportion_to_the_weight_error(spec: str, monkeypatch):
+  mine = np.random.default_rng(1).normal(size=(LAYERS, EXPERTS, len(WIDTHS)))
+  monkeypatch.setitem(scores.SCORES, "mine", scores.Score(lambda evidence: mine))
+  e = evidence(damage=np.arange(6.0).reshape(LAYERS, EXPERTS))
+  exact = e.errors.weight.copy()
+  exact[1, 2, :, 2] = 0  # an expert that loses nothing: its cost is split by size
+  e = dataclasses.replace(e, errors=dataclasses.replace(e.errors, weight=exact, sizes=(10, 10, 20)))
+  cost = scores.as_cost(spec, e).cost
+  whole = {"damage": scores.evaluate("damage", e), "mine": mine}.get(spec, cost.sum(2))
+  np.testing.assert_allclose(cost.sum(2), np.maximum(whole, 0), rtol=1e-12, atol=1e-15)
+  lossy = exact.sum(2) > 0
+  share = (exact / np.maximum(exact.sum(2, keepdims=True), 1e-300)).swapaxes(2, 3)[lossy]
+  np.testing.assert_allclose(cost.swapaxes(2, 3)[lossy], cost.sum(2)[lossy][:, None] * share, rtol=1e-12)
+  np.testing.assert_allclose(cost[1, 2, :, 2], cost[1, 2, :, 2].sum() * np.array([0.25, 0.25, 0.5]))
+
+
+def test_experts_without_a_gate():
+  base = evidence()
+  cut = {name: getattr(base.errors, name)[:, :, 1:] for name in ("weight", "output", "fisher", "norm")}
+  errors = dataclasses.replace(base.errors, **cut, projections=("up", "down"), sizes=(D * F,) * 2)
+  experts = [{name: w for name, w in layer.items() if name != "gate"} for layer in base.experts]
+  e = dataclasses.replace(base, errors=errors, experts=experts, damage=np.ones((LAYERS, EXPERTS)))
+  for spec in scores.SCORES:
+    table = scores.as_cost(spec, e)
+    assert table.cost.shape == (LAYERS, EXPERTS, 2, len(WIDTHS)) and table.projections == ("up", "down")
+  neurons = [[np.var(x["up"][i], axis=0).max() for i in range(EXPERTS)] for x in experts]
+  np.testing.assert_allclose(scores.evaluate("max_var", e), neurons, rtol=1e-6)
 
 
 @pytest.mark.parametrize(("spec", "low"), [("router_norm_change", True), ("frequency", False)])
@@ -140,19 +170,14 @@ def test_a_ranking_becomes_a_cost_that_is_larger_for_sensitive_experts(spec: str
   e = evidence()
   same = np.broadcast_to(e.errors.weight[:1, :1], e.errors.weight.shape)
   e = dataclasses.replace(e, errors=dataclasses.replace(e.errors, weight=same))
-  cost, value = scores.as_cost(spec, e).cost, scores.evaluate(spec, e).ravel()
+  cost, value = scores.as_cost(spec, e).cost.sum(2).reshape(-1, len(WIDTHS)), scores.evaluate(spec, e).ravel()
   order = np.argsort(-value if low else value, kind="stable")
   assert (np.diff(cost[order], axis=0) >= 0).all() and np.ptp(cost[:, 0]) > 0
   if low:  # exp(-s / std(s)) up to a factor
     ratio = cost[:, 0] / np.exp(-value / value.std())
     np.testing.assert_allclose(ratio, ratio[0])
   else:
-    np.testing.assert_allclose(cost, value[:, None] * weight.mse_table(e).reshape(-1, len(WIDTHS)))
-
-
-def test_units_are_in_layer_expert_order():
-  e = evidence()
-  np.testing.assert_array_equal(scores.as_cost("fisher_error", e).cost[1 * EXPERTS + 2], e.errors.fisher[1, 2].sum(0))
+    np.testing.assert_allclose(cost, value[:, None] * weight.cells(e).sum(2).reshape(-1, len(WIDTHS)))
 
 
 def test_a_score_is_called_by_its_normal_form():
@@ -177,6 +202,7 @@ def test_an_unknown_score_or_option_is_named_with_the_nearest(spec: str, said: s
 @pytest.mark.parametrize(("spec", "changes", "said"), [
     ("router_norm_change", {"routers_init": None}, "router_init.safetensors.*use router_norm"),
     ("damage", {"damage": None}, "config.damage.sequences"),
+    ("fisher_error", {"errors": dataclasses.replace(evidence().errors, fisher=None)}, "no backward pass"),
     ("damage", {"damage": np.ones((LAYERS, EXPERTS)), "damage_bits": 3}, r"measured at 3 bits, not one of \(1, 2, 4\)"),
     ("max_var(variant='both')", {}, "neither 'paper' nor 'code'")])
 def test_missing_evidence_is_named_with_the_remedy(spec: str, changes: dict, said: str):

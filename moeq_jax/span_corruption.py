@@ -1,0 +1,71 @@
+"""Span corruption (T5, arXiv 1910.10683, section 3.1.4): plain text as inputs and targets of an encoder-decoder.
+
+Spans of the text are taken out. In the inputs a sentinel stands for each span, every sentinel another one; the targets
+hold the spans, each after its sentinel, and a last sentinel that ends them:
+
+  text     thank you for inviting me to your party last week
+  inputs   thank you <X> me to your party <Y> week
+  targets  <X> for inviting <Y> last <Z>
+
+The released T5 code leaves the last sentinel out and ends with the end-of-text token instead. No such token is added
+here, to neither side.
+"""
+
+import numpy as np
+
+
+class SpanError(ValueError):
+  """A text cannot be corrupted: the message says why, and what helps."""
+
+
+def span_corruption(tokens: np.ndarray, *, sentinel_first: int, density: float = 0.15, mean: float = 3.0,
+                    rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+  """Takes random spans out of a text.
+
+  How many tokens and spans are taken out follows from the length of the text alone, so that texts of one length give
+  inputs and targets of one length. Spans are not empty and do not touch; all ways to place them are equally likely.
+
+  Args:
+    tokens: `[n]` integers, the text, at least 2.
+    sentinel_first: the sentinel of the first span, the largest id; those that follow count down from it.
+    density: share of the tokens that is taken out, between 0 and 1 (exclusive).
+    mean: mean length of a span in tokens, at least 1.
+    rng: draws the spans.
+
+  Returns:
+    Inputs and targets, int32, of about `n (1 - density + density / mean)` and `n (density + density / mean)` tokens.
+
+  Raises:
+    SpanError: the text is too short, holds what would be a sentinel, or density or mean make no sense.
+  """
+  tokens = np.asarray(tokens)
+  noise, spans = _counts(tokens, density, mean)
+  sentinels = sentinel_first - np.arange(spans + 1)
+  if tokens.min() < 0 or max(tokens.max(), -1) >= sentinels[-1]:
+    raise SpanError(f"tokens from {tokens.min()} to {tokens.max()}, and {spans + 1} sentinels from {sentinel_first} down:"
+                    " a token of the text would be a sentinel; take shorter texts, fewer spans or other sentinels")
+  taken = _composition(noise, spans, rng)
+  kept = _composition(len(tokens) - noise + 2, spans + 1, rng)
+  kept[[0, -1]] -= 1  # text before the first and after the last span may be missing
+  edges = np.cumsum(np.stack([kept[:-1], taken], axis=1).reshape(-1))
+  *parts, rest = np.split(tokens, edges)
+  alternate = lambda first, second: [part for pair in zip(first, second, strict=True) for part in pair]
+  inputs = [*alternate(parts[::2], sentinels[:-1, None]), rest]
+  targets = [*alternate(sentinels[:-1, None], parts[1::2]), sentinels[-1:]]
+  return np.concatenate(inputs).astype(np.int32), np.concatenate(targets).astype(np.int32)
+
+
+def _counts(tokens: np.ndarray, density: float, mean: float) -> tuple[int, int]:
+  """How many tokens to take out, and in how many spans."""
+  if not (0 < density < 1 and 1 <= mean < float("inf")):
+    raise SpanError(f"density={density}, mean={mean}: a share between 0 and 1 and spans of at least 1 token are needed")
+  if tokens.ndim != 1 or len(tokens) < 2:
+    raise SpanError(f"tokens of shape {list(tokens.shape)}: one text of at least 2 tokens is needed")
+  noise = min(max(round(len(tokens) * density), 1), len(tokens) - 1)
+  return noise, max(1, min(round(noise / mean), noise, len(tokens) - noise + 1))
+
+
+def _composition(total: int, parts: int, rng: np.random.Generator) -> np.ndarray:
+  """`[parts]` positive integers that sum to `total`, each way as likely as any other."""
+  cuts = np.sort(rng.choice(total - 1, parts - 1, replace=False)) + 1
+  return np.diff(cuts, prepend=0, append=total)

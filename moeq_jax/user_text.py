@@ -1,0 +1,228 @@
+"""Batches for calibrating and evaluating any checkpoint: from the user's own text, from token ids, or from the text of
+the installed packages.
+
+A text is tokenized with the checkpoint's own tokenizer and cut into evenly spread windows. An encoder-decoder of T5's
+kind gets windows with spans taken out (`span_corruption.py`).
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+import numpy as np
+import tokenizers
+
+from moeq_jax import artifacts, data, span_corruption
+from moeq_jax.models import switch
+
+# What the installed packages give for each purpose.
+PURPOSES = {"calibration": lambda: data.calibration(), "evaluation": lambda: data.held_out()}
+CHARACTERS = 24  # of text read for every token of calibration: more than any tokenizer needs
+SENTINEL = "<extra_id_0>"  # of the first span, in tokenizers of T5's kind; else the last token of the vocabulary
+PIECE = 1 << 16  # characters tokenized at a time
+DATA_FREE = "without data: --config=configs/quantize.py:data_free"
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+  """Batches for one purpose.
+
+  Attributes:
+    batches: what the model's functions take: `[B, S]` int32, or `{"inputs", "targets"}`.
+    about: what they are, in words.
+    digest: of the batches.
+  """
+
+  batches: list[Any]
+  about: str
+  digest: str
+
+  @property
+  def tokens(self) -> int:
+    """Tokens in all batches (of the inputs, where there are targets)."""
+    return sum(int(batch_inputs(batch).size) for batch in self.batches)
+
+
+def batch_inputs(batch: Any) -> np.ndarray:
+  """The tokens that a model reads from a batch, `[B, S]`."""
+  return batch["inputs"] if isinstance(batch, Mapping) else batch
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+  """Looks for mistakes in what `config` says about text, before anything is read.
+
+  Raises:
+    ValueError: names the field and the remedy.
+  """
+  for purpose in PURPOSES:
+    part, field = config[purpose], f"config.{purpose}"
+    if part.sequences < 0 or part.sequences % config.batch:
+      raise ValueError(f"{field}.sequences={part.sequences}: sequences that fill whole batches of"
+                       f" {config.batch} (config.batch) are needed")
+    if part.text and part.tokens:
+      raise ValueError(f"{field}: text={part.text!r} and tokens={part.tokens!r} are both given; take one of them")
+    for name in filter(None, (part.text, part.tokens)):
+      if not Path(name).is_file():
+        raise ValueError(f"{field}: no file {name}")
+  same = set(filter(None, (config.calibration.text, config.calibration.tokens)))
+  if same & {config.evaluation.text, config.evaluation.tokens}:
+    raise ValueError(f"config.evaluation: {same.pop()} is what calibrates; a loss on it would say little: take other"
+                     " text")
+  if config.evaluation.sequences == 1:
+    raise ValueError("config.evaluation.sequences=1: a confidence interval needs at least two sequences")
+
+
+def read(purpose: str, config: ml_collections.ConfigDict, directory: Path, model: Any,
+         values: Mapping[str, Any]) -> Text:
+  """Batches for `purpose`, which is one of `PURPOSES`.
+
+  Args:
+    purpose: `calibration` or `evaluation`; `config[purpose]` says from what and how much.
+    config: its `batch` and `length`, too.
+    directory: of the checkpoint, for its tokenizer.
+    model: the checkpoint's config.
+    values: its config.json.
+
+  Raises:
+    ValueError: no tokenizer, too little text, or tokens that the model does not have; names the file and the remedy.
+  """
+  part, first = config[purpose], model.vocab_size - 1
+  if part.tokens:
+    rows, about = read_tokens(Path(part.tokens), part.sequences, config.length, model.vocab_size), part.tokens
+  else:
+    tokenizer = open_tokenizer(directory)
+    separator = end_of_text(tokenizer, values)
+    if part.text:
+      rows, about = _windows(_own_text(Path(part.text), tokenizer), part.sequences, config.length, part.text), part.text
+    else:
+      rows, about = _packages(purpose, part.sequences, config.length, tokenizer, separator), "the installed packages"
+    _check_tokens(rows, model.vocab_size, directory / "tokenizer.json")
+    first = tokenizer.token_to_id(SENTINEL) or first
+  rows = rows.astype(np.int32)
+  batches: list[Any] = [rows[i : i + config.batch] for i in range(0, len(rows), config.batch)]
+  if isinstance(model, switch.SwitchConfig):
+    batches = [corrupted(batch, model, first, [config.seed, i]) for i, batch in enumerate(batches)]
+    about += ", spans taken out"
+  return Text(batches, f"{len(rows)} sequences of {config.length} tokens: {about}", digest(batches))
+
+
+def corrupted(rows: np.ndarray, model: switch.SwitchConfig, first: int, seed: Sequence[int]) -> dict[str, np.ndarray]:
+  """Sequences `[B, S]` as a batch of an encoder-decoder: spans are taken out, and both sides end with the end of text.
+
+  Args:
+    rows: tokens.
+    model: names the end of text and the padding.
+    first: the sentinel of the first span; the others count down from it.
+    seed: of the spans.
+  """
+  rng, end = np.random.default_rng(seed), model.eos_token_id
+  end = end if isinstance(end, int) else end[0]
+  pairs = [span_corruption.span_corruption(row, sentinel_first=first, rng=rng) for row in rows]
+  ended = ([[*side.tolist(), end] for side in sides] for sides in zip(*pairs))
+  return switch.batch(*ended, model)
+
+
+def digest(batches: Sequence[Any]) -> str:
+  """SHA-256 of batches."""
+  parts = [batch if isinstance(batch, Mapping) else {"": batch} for batch in batches]
+  return artifacts.digest([{name: artifacts.digest(array) for name, array in sorted(p.items())} for p in parts])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sources
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def open_tokenizer(directory: Path) -> tokenizers.Tokenizer:
+  """The tokenizer of a checkpoint, without truncation or padding, whatever was saved with it.
+
+  Raises:
+    ValueError: there is none, or one of a kind that is not read; says how to convert it, and what goes without.
+  """
+  path = directory / "tokenizer.json"
+  if not path.is_file():
+    other = next((n for n in ("tokenizer.model", "spiece.model", "vocab.json") if (directory / n).is_file()), None)
+    remedy = (f"convert {other} once with transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+              if other else "copy it beside config.json")
+    raise ValueError(f"{path}: not found; {remedy}; or give token ids (--config.calibration.tokens=FILE.npy and"
+                     f" --config.evaluation.tokens=FILE.npy), or quantize {DATA_FREE}")
+  try:
+    tokenizer = tokenizers.Tokenizer.from_file(str(path))
+  except Exception as error:  # the library raises nothing narrower
+    raise ValueError(f"{path}: cannot be read ({error}); copy it again") from None
+  tokenizer.no_truncation()
+  tokenizer.no_padding()
+  return tokenizer
+
+
+def end_of_text(tokenizer: tokenizers.Tokenizer, values: Mapping[str, Any]) -> int | None:
+  """The token that separates texts: `<|endoftext|>`, or config.json's `eos_token_id`, or none."""
+  own = tokenizer.token_to_id(data.END_OF_TEXT)
+  if own is not None:
+    return own
+  end = values.get("eos_token_id")
+  end = (end[0] if end else None) if isinstance(end, list) else end
+  return end if isinstance(end, int) and end < tokenizer.get_vocab_size() else None
+
+
+def read_tokens(path: Path, count: int, length: int, vocabulary: int) -> np.ndarray:
+  """Windows of token ids kept in an `.npy`: a stream `[n]`, or sequences `[n, S]`, whose first `length` are taken.
+
+  Raises:
+    ValueError: not such a file, too few tokens, or ids that the model does not have.
+  """
+  try:
+    tokens = np.load(path, allow_pickle=False)
+  except (OSError, ValueError, EOFError) as error:
+    raise ValueError(f"{path}: cannot be read as .npy ({error}); save the ids by numpy.save") from None
+  if not isinstance(tokens, np.ndarray) or tokens.ndim not in (1, 2) or tokens.dtype.kind not in "iu":
+    raise ValueError(f"{path}: token ids are whole numbers, [n] or [sequences, length]")
+  if tokens.ndim == 1:
+    rows = _windows(tokens, count, length, str(path))
+  elif len(tokens) < count or tokens.shape[1] < length:
+    raise ValueError(f"{path}: holds {tokens.shape[0]} sequences of {tokens.shape[1]} tokens, {count} of {length} are"
+                     " asked for: lower config.length or the number of sequences")
+  else:
+    rows = tokens[:count, :length]
+  _check_tokens(rows, vocabulary, path)
+  return rows
+
+
+def _check_tokens(rows: np.ndarray, vocabulary: int, path: Path) -> None:
+  if rows.size and (rows.min() < 0 or rows.max() >= vocabulary):
+    raise ValueError(f"{path}: gives token {rows.max() if rows.min() >= 0 else rows.min()}, config.json says"
+                     f" vocab_size {vocabulary}; it belongs to another checkpoint")
+
+
+def _windows(tokens: np.ndarray, count: int, length: int, name: str) -> np.ndarray:
+  """`count` evenly spread windows of a stream, `[count, length]`."""
+  if len(tokens) < count * length:
+    raise ValueError(f"{name}: has {len(tokens)} tokens, {count} sequences of {length} are asked for: lower"
+                     " config.length or the number of sequences, or give more text")
+  return data.TokenStream(tokens, 0).sequences(count, length)
+
+
+def _own_text(path: Path, tokenizer: tokenizers.Tokenizer) -> np.ndarray:
+  """The tokens of a text file, piece by piece: pieces end at a line's end where there is one."""
+  try:
+    text = path.read_text(encoding="utf-8")
+  except (UnicodeDecodeError, OSError) as error:
+    raise ValueError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+  pieces, begin = [], 0
+  while begin < len(text):
+    end = text.rfind("\n", begin + 1, begin + PIECE) + 1 or begin + PIECE
+    pieces.append(text[begin:end])
+    begin = end
+  encoded = tokenizer.encode_batch(pieces, add_special_tokens=False)
+  return np.concatenate([np.array(e.ids, np.int64) for e in encoded] or [np.zeros(0, np.int64)])
+
+
+def _packages(purpose: str, count: int, length: int, tokenizer: tokenizers.Tokenizer, end: int | None) -> np.ndarray:
+  """Windows of the text that comes with the project's environment, from all domains in turn."""
+  documents = data.thin(PURPOSES[purpose](), CHARACTERS * length * count)
+  streams = data.encode(documents, tokenizer, end)
+  shares = [count // len(streams) + (i < count % len(streams)) for i in range(len(streams))]
+  return np.concatenate([_windows(streams[name].tokens, share, length, f"the installed text, {name}")
+                         for name, share in zip(sorted(streams), shares) if share])
