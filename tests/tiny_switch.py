@@ -16,8 +16,6 @@ CONFIG = switch.SwitchConfig(
     vocab_size=40, d_model=16, d_kv=6, d_ff=24, num_layers=2, num_decoder_layers=2, num_heads=2, num_experts=3,
     expert_capacity=2, encoder_sparse=(1,), decoder_sparse=(0,), relative_attention_num_buckets=8,
     relative_attention_max_distance=12)
-INPUTS, TARGETS = (11, 7), (5, 9)  # lengths of the rows
-SPARSE = (1, 2)
 
 
 @functools.cache
@@ -34,44 +32,11 @@ def model(seed: int = 0) -> switch.Switch:
 
 
 @functools.cache
-def rows(seed: int = 0) -> tuple[list[list[int]], list[list[int]]]:
-  """Inputs and targets without padding."""
-  rng = np.random.default_rng(seed)
-  draw = lambda lengths: [rng.integers(2, CONFIG.vocab_size, length).tolist() for length in lengths]
-  return draw(INPUTS), draw(TARGETS)
-
-
-def batch(seed: int = 0) -> dict[str, np.ndarray]:
-  """`rows(seed)`, filled up."""
-  return switch.batch(*rows(seed), CONFIG)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def block_fn(functions: switch.Functions, block: switch.Block, state: switch.State):
-  """`functions.block`, compiled."""
-  return functions.block(block, state)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def embed_fn(functions: switch.Functions, top: switch.Top, tokens: dict[str, np.ndarray]) -> switch.State:
-  """`functions.embed`, compiled."""
-  return functions.embed(top, tokens)
-
-
-def states(functions: switch.Functions, tokens: dict[str, np.ndarray]) -> list[switch.State]:
-  """The states of `model()` before each block and after the last one."""
-  found = [embed_fn(functions, model().top, tokens)]
-  for block in model().blocks:
-    found.append(block_fn(functions, block, found[-1])[0])
-  return found
-
-
-@functools.cache
 def packed(layer: int) -> dict[str, qtensor.QTensor]:
   """The experts of block `layer` of `model()` in 2, 3 and 4 bits."""
-  codec, bits, found = codecs.get("rtn(group=8)"), [2, 3, 4], {}
+  codec, bits, found = codecs.get("rtn(group=0)"), [2, 3, 4], {}
   for name, weights in switch.functions(jnp.float32).experts(model().blocks[layer]).items():
     codes, scale, zero = (np.stack(parts) for parts in zip(
         *([np.asarray(part) for part in codec.encode(w, b)] for w, b in zip(weights, bits, strict=True)), strict=True))
-    found[name] = jax.tree.map(jnp.asarray, qtensor.pack(codes, bits, scale, zero, group=8))
+    found[name] = jax.tree.map(jnp.asarray, qtensor.pack(codes, bits, scale, zero, group=0))
   return found

@@ -134,15 +134,17 @@ def test_slabs_change_no_bit(spec: str, monkeypatch: pytest.MonkeyPatch):
   assert np.mean(jax.jit(codec.encode)(weights["up"], 2, moment).codes == whole["up"].codes) > 0.998
 
 
-@pytest.mark.parametrize(("spec", "most"), [("rtn(group=64)", 3), ("gptq(group=64)", 6)])
-def test_encoding_a_large_projection_takes_a_few_slabs(spec: str, most: int):
+@pytest.mark.parametrize("spec", ["rtn(group=64)", "gptq(group=64)"])
+def test_encoding_a_large_projection_takes_a_few_slabs(spec: str):
+  """As compiled: fewer than three of its slabs, or, with a moment, less than another copy of the moment's factor."""
   codec, (rows, columns) = codecs.get(spec), (14336, 4096)
   slab = stream._slabs((rows, columns))[0]
   shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)
   factor = shape(rows, rows) if codec.needs_moment else None
   compiled = stream._encode.lower(codec, shape(rows, slab.stop), jnp.int32(2), factor).compile()
   held = compiled.memory_analysis()
-  assert held.temp_size_in_bytes + held.output_size_in_bytes < most * stream.SLAB < 4 * rows * columns * 1.8
+  most = 4 * rows * rows if codec.needs_moment else 3 * stream.SLAB
+  assert held.temp_size_in_bytes + held.output_size_in_bytes < most
 
 
 # ---------------------------------------------------------------------------------------------------------------------
