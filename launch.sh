@@ -60,7 +60,9 @@ environment() {
 environment .venv requirements
 python=$root/.venv/bin/python
 case ${1-quickstart} in
-  test) cd "$root"; exec "$python" -m pytest "${@:2}" ;;
+  test)
+    (($# > 1)) || set -- test --numprocesses=auto --maxprocesses=4 --dist=loadfile  # all of them: on several cores
+    cd "$root"; exec "$python" -m pytest "${@:2}" ;;
   interop)
     environment .venv-interop requirements-interop ${MOEQ_INTEROP_PYTHON:+"$MOEQ_INTEROP_PYTHON"}
     cd "$root"

@@ -14,11 +14,11 @@ import ml_collections
 from configs import quickstart
 
 CONSTRAINTS = ("none", "gate_equals_up", "expert", "per_layer_projection", "per_layer")
-SCORES = ("router_grad_error", "output_error")
+SCORES = ("router_grad_error", "output_error", "fisher_error")
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-  """The quickstart with two scores under every constraint, on four times as much held-out text; `arg` as there."""
+  """The quickstart with three scores under every constraint, on four times as much held-out text; `arg` as there."""
   config = quickstart.get_config(arg)
   config.file = "experiments/constraints.py"  # the report names it in the command that remakes it
   config.methods = ("uniform", *(f"knapsack({score}, constraint={name})" for score in SCORES for name in CONSTRAINTS))

@@ -18,7 +18,6 @@ _PUBLIC = {
     "Stats": "moeq_jax.artifacts",
     "grouped_matmul": "moeq_jax.kernels.api",
     "load": "moeq_jax.language_model",
-    "load": "moeq_jax.language_model",
     "solve": "moeq_jax.allocate.knapsack",
 }
 

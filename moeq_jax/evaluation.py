@@ -26,11 +26,12 @@ def command_evaluate(arguments: Sequence[str], out: TextIO | None = None) -> Non
     runs.UsageError: a wrong option, an unknown set.
     ValueError: a model cannot be opened or has no tokenizer.
   """
-  defaults = {"checkpoint": None, "against": None, "tasks": None, "limit": 0, "output": None, "dtype": "float32"}
+  defaults = {"checkpoint": None, "against": None, "tasks": None, "limit": 0, "output": None, "dtype": "float32",
+              "capacity": "sequence"}
   chosen, _ = options.parse(arguments, EVALUATE, defaults)
   places = [options.needed(chosen.checkpoint, EVALUATE), *([chosen.against] if chosen.against else [])]
   asked = read_questions(options.needed(chosen.tasks, EVALUATE).split(","), chosen.limit)
-  answers = [ask(language_model.load(place, chosen.dtype), asked) for place in places]
+  answers = [ask(language_model.load(place, chosen.dtype, chosen.capacity), asked) for place in places]
   for line in summary(places, answers):
     print(line, file=out or sys.stdout)
   if chosen.output:
@@ -141,11 +142,11 @@ def harness(directory: str | Path, dtype: str = "float32") -> lm_eval.Moeq:
 
 def command_serve(arguments: Sequence[str]) -> None:
   """Answers requests on standard input until it ends; see `evaluate/lm_eval.py`."""
-  chosen, _ = options.parse(arguments, SERVE, {"checkpoint": None, "dtype": "float32"})
+  chosen, _ = options.parse(arguments, SERVE, {"checkpoint": None, "dtype": "float32", "capacity": "sequence"})
   checkpoint = options.needed(chosen.checkpoint, SERVE)
   with os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8") as out:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever a library prints must not stand among the answers
-    serve(lambda: language_model.load(checkpoint, chosen.dtype), sys.stdin, out)
+    serve(lambda: language_model.load(checkpoint, chosen.dtype, chosen.capacity), sys.stdin, out)
 
 
 def serve(opener: Callable[[], language_model.LanguageModel], requests: Iterable[str], out: TextIO) -> None:

@@ -109,9 +109,10 @@ def _describe_checkpoint(checkpoint: convert.Checkpoint, group: int) -> Descript
   carried = sum(path.stat().st_size for path in room.carried_files(checkpoint.directory))
   others = checkpoint.files.nbytes - experts + carried
   shapes = expert_shapes(checkpoint.config)
+  largest = max(checkpoint.nbytes(l, True) + checkpoint.nbytes(l, False) for l in range(checkpoint.layers))
   return Description(
       checkpoint.directory, checkpoint.config, *counts(checkpoint.config), dict(types), experts, others,
-      streaming_bytes=int(STREAM_FACTOR * _largest_block(checkpoint.config)) + STREAM_ADDED,
+      streaming_bytes=int(STREAM_FACTOR * largest) + STREAM_ADDED,
       uniform={bits: packed_bytes(shapes, bits, group) + others for bits in WIDTHS} if shapes else {})
 
 
@@ -148,11 +149,6 @@ def counts(config: hf_config.Config) -> tuple[int, int, int]:
   return total, experts, total - experts + used
 
 
-def _largest_block(config: hf_config.Config) -> int:
-  """Bytes of the largest block in bfloat16."""
-  return max(2 * sum(map(math.prod, names.block_shapes(config, l).values())) for l in range(names.block_count(config)))
-
-
 def packed_bytes(shapes: Sequence[Shape], bits: float, group: int) -> int:
   """Bytes of packed experts at `bits` on average: codes, scales and zeros, widths and offsets.
 
@@ -183,7 +179,13 @@ def command(arguments: Sequence[str]) -> None:
   except ValueError:
     raise runs.UsageError(f"--budget={given.budget}: a number of bits is needed, for example 2.5") from None
   path = next((p for p in (Path(directory), runs.ROOT / directory) if p.is_dir()), Path(directory))
-  show(describe(path, budget, room.parse_bytes(given.memory) if given.memory else None, given.group))
+  memory = room.parse_bytes(given.memory) if given.memory else None
+  try:
+    found = describe(path, budget, memory, given.group)
+  except budget_lib.BudgetError:  # what is in it, and what each width takes, helps to choose another
+    show(describe(path, budget, None, given.group))
+    raise
+  show(found)
 
 
 def show(found: Description, console: rich_console.Console | None = None) -> None:

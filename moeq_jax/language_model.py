@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import tokenizers
 
-from moeq_jax import options, progress, runs
+from moeq_jax import options, progress, qtensor, runs
 from moeq_jax.evaluate import loglikelihood, text
 from moeq_jax.export import native
 from moeq_jax.models import convert, families, generate, gguf_file, switch
@@ -190,7 +190,7 @@ class LanguageModel:
       with progress.bar("score", len(pairs)) as advance:
         return self.loglikelihoods(pairs, advance)
 
-    return text.Scorer(self.encode, scored, self.prefix, self.length, self.joint)
+    return text.Scorer(self.encode, scored, lambda: self.prefix, self.length, self.joint)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -212,6 +212,8 @@ def load(directory: str | Path, dtype: str = "float32", capacity: str = "sequenc
   """
   if dtype not in DTYPES:
     raise ModelError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+  if capacity not in switch.CAPACITY:
+    raise ModelError(f"capacity {capacity!r} is not one of {', '.join(switch.CAPACITY)}")
   place = next((p for p in (Path(directory), runs.ROOT / directory) if p.exists()), Path(directory))
   kind = jnp.dtype(dtype)
   if place.is_file():
@@ -220,6 +222,7 @@ def load(directory: str | Path, dtype: str = "float32", capacity: str = "sequenc
     blocks = [file.block(l, kind) for l in range(config.num_hidden_layers)]
   elif native.is_quantized(place):
     model = native.open(place)
+    model.files()  # read once, so that a damaged config or tokenizer is found
     config, values = convert.read_config(place)
     tokenizer, top = open_tokenizer(place, config), convert.build_top(config, model.top(), kind)
     blocks = [_packed_block(model, config, l, kind) for l in range(model.layers)]
@@ -234,11 +237,12 @@ def load(directory: str | Path, dtype: str = "float32", capacity: str = "sequenc
 
 def _packed_block(model: native.Quantized, config: Any, l: int, kind: Any) -> Any:
   packed, others = model.layer(l)
+  packed = {name: qtensor.rounded(q) for name, q in packed.items()}
   return convert.build_block(config, l, others, kind, packed)
 
 
 def open_tokenizer(place: Path, config: Any) -> tokenizers.Tokenizer | None:
-  """The tokenizer of a checkpoint, None if it has none.
+  """The tokenizer of a checkpoint, without truncation or padding, whatever was saved with it; None if it has none.
 
   Raises:
     ModelError: tokenizer.json cannot be read, or has more tokens than the model.
@@ -250,6 +254,8 @@ def open_tokenizer(place: Path, config: Any) -> tokenizers.Tokenizer | None:
     tokenizer = tokenizers.Tokenizer.from_file(str(path))
   except Exception as error:  # the library raises nothing narrower
     raise ModelError(f"{path}: cannot be read ({error}); copy it again") from None
+  tokenizer.no_truncation()
+  tokenizer.no_padding()
   if tokenizer.get_vocab_size() > config.vocab_size:
     raise ModelError(f"{path}: has {tokenizer.get_vocab_size()} tokens, config.json says {config.vocab_size}; the"
                      " tokenizer belongs to another checkpoint")
@@ -280,13 +286,13 @@ def command_generate(arguments: Sequence[str], out: TextIO | None = None) -> Non
     ValueError: the model cannot be opened, or the file has no prompt.
   """
   defaults = {"checkpoint": None, "prompt": None, "file": None, "max_new_tokens": 64, "temperature": 0.0, "seed": 0,
-              "dtype": "float32"}
+              "dtype": "float32", "capacity": "sequence"}
   chosen, _ = options.parse(arguments, USAGE, defaults)
   checkpoint = options.needed(chosen.checkpoint, USAGE)
   if bool(chosen.prompt) == bool(chosen.file):
     raise runs.UsageError(f"usage: ./launch.sh {USAGE}")
   prompts = _prompts(Path(chosen.file)) if chosen.file else [chosen.prompt]
-  model = load(checkpoint, chosen.dtype)
+  model = load(checkpoint, chosen.dtype, chosen.capacity)
   began, settings = time.monotonic(), (chosen.max_new_tokens, chosen.temperature, chosen.seed)
   out = out or sys.stdout
   count = _many(model, prompts, settings, out) if chosen.file else _one(model, prompts[0], settings, out)

@@ -144,6 +144,11 @@ _RUN_OPTIONS = """\
   --workdir=DIR             where the files of the run go; the same command, given again, goes on from there
   --traceback               shows where an error came from"""
 
+_MODEL_OPTIONS = """\
+  --dtype=float32           that the model computes in; or bfloat16
+  --capacity=sequence       of a Switch Transformer: tokens that an expert takes are counted over the sequence; call: anew
+                            in every step of decoding, as transformers does with a cache; off: none is dropped"""
+
 COMMANDS: dict[str, Command] = {
     "quickstart": Command(
         _quickstart, "quantizes the model that comes with the project by every method and reports what it cost",
@@ -185,7 +190,7 @@ COMMANDS: dict[str, Command] = {
         "  --file=PROMPTS            a text file, one prompt a line, in place of --prompt\n"
         "  --max_new_tokens=64       tokens at most\n"
         "  --temperature=0           0 takes the likeliest token; 1 samples from the model's distribution\n"
-        "  --seed=0                  of the sampling\n\n"
+        f"  --seed=0                  of the sampling\n{_MODEL_OPTIONS}\n\n"
         "examples:\n  ./launch.sh generate --checkpoint=experiments/models/moeq-small --prompt='def main('"),
     "evaluate": Command(
         _late("evaluation", "command_evaluate"), "multiple-choice tasks by log-likelihood, paired with another model",
@@ -195,12 +200,14 @@ COMMANDS: dict[str, Command] = {
         "  --against=DIR             another one (full precision): differences are paired, with 95% intervals\n"
         "  --tasks=piqa,boolq        which sets; an unknown one lists them\n"
         "  --limit=200               the first rows of each set only\n"
-        "  --output=FILE.jsonl       every row's answer\n\n"
+        f"  --output=FILE.jsonl       every row's answer\n{_MODEL_OPTIONS}\n\n"
         "examples:\n  ./launch.sh evaluate --checkpoint=experiments/models/moeq-small --tasks=piqa --limit=100"),
     "serve": Command(
         _late("evaluation", "command_serve"), "answers requests of an evaluation harness, JSON lines in and out",
         "serve --checkpoint=DIR",
         "Requests on standard input, one JSON object a line; moeq_jax/evaluate/lm_eval.py is the other side.\n\n"
+        "options:\n"
+        f"  --checkpoint=DIR          a directory in Hugging Face format, or a quantized one\n{_MODEL_OPTIONS}\n\n"
         "examples:\n  ./launch.sh serve --checkpoint=experiments/models/moeq-small"),
     "upcycle": Command(
         _late("upcycling", "command"), "makes a Mixture-of-Experts checkpoint of a dense one",

@@ -13,7 +13,7 @@ Letters are those of `artifacts.py` (E experts, K inputs, N outputs, G scale gro
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -213,6 +213,16 @@ def packed_rows(bits: Any, shape: Sequence[int], group: int) -> int:
   return int(planar.layout(*shape[1:], group, *bits.shape[1:]).k_block * bits.astype(np.int64).sum() // 8)
 
 
+def rounded(q: QTensor) -> QTensor:
+  """The same weights in a buffer of a rounder length (numpy): at most an eighth longer, 8 lengths for every factor of 2.
+
+  Compiled programs depend on the length, and the layers of a model differ in it: rounded, a few programs serve them all.
+  """
+  rows = q.buffer.shape[1]
+  unit = 1 << max(rows.bit_length() - 4, 0)
+  return dataclasses.replace(q, buffer=np.pad(q.buffer, ((0, 0), (0, -rows % unit), (0, 0))))
+
+
 def _as_blocks(bits: Any, experts: int) -> np.ndarray:
   bits = np.array(bits, np.int32)
   known = bits.shape in ((), (experts,)) or (bits.ndim == 3 and len(bits) == experts)
@@ -265,18 +275,20 @@ def unpack(q: QTensor) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def columns(q: QTensor, index: jax.Array, column: jax.Array, width: int, dtype: jnp.dtype) -> jax.Array:
-  """Dequantizes some columns of one expert: the only jax code that reads the packed bytes.
+def map_blocks(q: QTensor, index: jax.Array, column: jax.Array, width: int,
+               use: Callable[[int, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]) -> jax.Array:
+  """Reads some columns of one expert, K-block by K-block: the only jax code that finds the packed bytes.
 
   Args:
     q: weights of one shard.
     index: int32 scalar, the expert; may be traced.
     column: int32 scalar, first column, a multiple of `width`; may be traced.
     width: columns; divides the stripe.
-    dtype: of the result; the arithmetic is float32.
+    use: `(bits, bytes [k_block bits / 8, width] uint8, scale [G', width], zero [G', width], block) -> array` with the
+      G' scale groups of the K-block, bfloat16, and its index; traced for every width, run for the block's own.
 
   Returns:
-    `[K, width]`; columns past N (in a last stripe that is not full) hold no weight.
+    The results, stacked: `[KB, ...]`.
   """
   (_, k_blocks, stripes), (_, rows, stripe) = q.blocks, q.buffer.shape
   groups = 1 if q.groups == 1 else q.k_block // q.group
@@ -291,23 +303,43 @@ def columns(q: QTensor, index: jax.Array, column: jax.Array, width: int, dtype: 
 
     def branch(bits: int) -> jax.Array:
       raw = lax.dynamic_slice(q.buffer[0], (q.offset[place], column % stripe), (q.k_block * bits // 8, width))
-      return _values(raw, bits, q.k_tile, *entry).astype(dtype)
+      return use(bits, raw, *entry, k)
 
     choice = jnp.sum(q.bits[place] > jnp.array(widths))
     return lax.switch(choice, [functools.partial(branch, bits) for bits in widths])
 
-  return lax.map(block, jnp.arange(k_blocks)).reshape(-1, width)[: q.K]
+  return lax.map(block, jnp.arange(k_blocks))
+
+
+def columns(q: QTensor, index: jax.Array, column: jax.Array, width: int, dtype: jnp.dtype) -> jax.Array:
+  """Dequantizes some columns of one expert.
+
+  Args:
+    q, index, column, width: as for `map_blocks`.
+    dtype: of the result; the arithmetic is float32.
+
+  Returns:
+    `[K, width]`; columns past N (in a last stripe that is not full) hold no weight.
+  """
+  def values(bits: int, raw: jax.Array, scale: jax.Array, zero: jax.Array, _: jax.Array) -> jax.Array:
+    return _values(raw, bits, q.k_tile, scale, zero).astype(dtype)
+
+  return map_blocks(q, index, column, width, values).reshape(-1, width)[: q.K]
+
+
+def block_codes(raw: jax.Array, bits: int, k_tile: int) -> jax.Array:
+  """Bytes of one block, `[k_block bits / 8, n]`, `bits` below 16 -> codes `[k_block, n]` uint8."""
+  # A byte row of a 3-bit tile is read by many fields: without a barrier its slice is fused into every reader.
+  return planar.decode(lax.optimization_barrier(raw) if bits == 3 else raw, bits, k_tile)
 
 
 def _values(raw: jax.Array, bits: int, k_tile: int, scale: jax.Array, zero: jax.Array) -> jax.Array:
   """Bytes of one block, `[k_block bits / 8, n]`, and its scales `[groups, n]` -> values `[k_block, n]`."""
   if bits == 16:
     return planar.decode_bfloat16(raw, k_tile)
-  # A byte row of a 3-bit tile is read by many fields: without a barrier its slice is fused into every reader.
-  codes = planar.decode(lax.optimization_barrier(raw) if bits == 3 else raw, bits, k_tile)
-  grouped = codes.reshape(scale.shape[0], -1, raw.shape[1]).astype(jnp.float32)
+  grouped = block_codes(raw, bits, k_tile).reshape(scale.shape[0], -1, raw.shape[1]).astype(jnp.float32)
   scale, zero = (a.astype(jnp.float32)[:, None] for a in (scale, zero))
-  return ((grouped - zero) * scale).reshape(codes.shape)
+  return ((grouped - zero) * scale).reshape(-1, raw.shape[1])
 
 
 def expert(q: QTensor, index: jax.Array, dtype: jnp.dtype) -> jax.Array:

@@ -66,6 +66,8 @@ def command(arguments: Sequence[str]) -> None:
     raise runs.UsageError(f"unknown method {chosen.method!r}{near} (methods: {', '.join(upcycle.METHODS)})")
   if not 1 <= chosen.top_k <= chosen.experts:
     raise runs.UsageError(f"--top_k={chosen.top_k}: between 1 and --experts={chosen.experts}")
+  if chosen.seed < 0:
+    raise runs.UsageError(f"--seed={chosen.seed}: at least 0")
   if chosen.dtype not in language_model.DTYPES:
     raise runs.UsageError(f"--dtype={chosen.dtype}: one of {', '.join(language_model.DTYPES)}")
   write(open_source(Path(source)), Path(directory), **vars(chosen))
@@ -84,7 +86,9 @@ def write(source: Source, directory: Path, *, experts: int, top_k: int, method: 
     dtype: of the tensors written.
   """
   dense, kind = source.config, shard_writer.DTYPES[dtype]
-  width = dense.intermediate_size // (experts if method == "split" else 1)
+  width = dense.intermediate_size
+  if method == "split":
+    width = upcycle.split_width(width, experts)
   config = dataclasses.replace(dense, family="mixtral", num_local_experts=experts, num_experts_per_tok=top_k,
                                intermediate_size=width)
   values = hf_config.write(config, dtype) | {n: source.values.get(n) for n in ("bos_token_id", "eos_token_id")}

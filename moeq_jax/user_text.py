@@ -5,6 +5,7 @@ A text is tokenized with the checkpoint's own tokenizer and cut into evenly spre
 kind gets windows with spans taken out (`span_corruption.py`).
 """
 
+import codecs
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,8 @@ from moeq_jax.models import switch
 PURPOSES = {"calibration": lambda: data.calibration(), "evaluation": lambda: data.held_out()}
 CHARACTERS = 24  # of text read for every token of calibration: more than any tokenizer needs
 SENTINEL = "<extra_id_0>"  # of the first span, in tokenizers of T5's kind; else the last token of the vocabulary
-PIECE = 1 << 16  # characters tokenized at a time
+PIECE, TOGETHER = 1 << 16, 16  # characters of a piece that is tokenized; pieces at a time
+WHOLE = 1 << 22  # bytes up to which a text file is read from end to end, however few tokens are asked for
 DATA_FREE = "without data: --config=configs/quantize.py:data_free"
 
 
@@ -95,7 +97,9 @@ def read(purpose: str, config: ml_collections.ConfigDict, directory: Path, model
     tokenizer = open_tokenizer(directory)
     separator = end_of_text(tokenizer, values)
     if part.text:
-      rows, about = _windows(_own_text(Path(part.text), tokenizer), part.sequences, config.length, part.text), part.text
+      limit = max(WHOLE, CHARACTERS * config.length * part.sequences)
+      rows = _windows(_own_text(Path(part.text), tokenizer, limit), part.sequences, config.length, part.text)
+      about = part.text
     else:
       rows, about = _packages(purpose, part.sequences, config.length, tokenizer, separator), "the installed packages"
     _check_tokens(rows, model.vocab_size, directory / "tokenizer.json")
@@ -204,19 +208,45 @@ def _windows(tokens: np.ndarray, count: int, length: int, name: str) -> np.ndarr
   return data.TokenStream(tokens, 0).sequences(count, length)
 
 
-def _own_text(path: Path, tokenizer: tokenizers.Tokenizer) -> np.ndarray:
-  """The tokens of a text file, piece by piece: pieces end at a line's end where there is one."""
+def _own_text(path: Path, tokenizer: tokenizers.Tokenizer, limit: int) -> np.ndarray:
+  """The tokens of a text file, piece by piece: pieces end at a line's end where there is one. Of a file with more than
+  `limit` bytes, evenly spread parts are read."""
   try:
-    text = path.read_text(encoding="utf-8")
-  except (UnicodeDecodeError, OSError) as error:
-    raise ValueError(f"{path}: cannot be read as UTF-8 text ({error})") from None
-  pieces, begin = [], 0
-  while begin < len(text):
-    end = text.rfind("\n", begin + 1, begin + PIECE) + 1 or begin + PIECE
-    pieces.append(text[begin:end])
-    begin = end
-  encoded = tokenizer.encode_batch(pieces, add_special_tokens=False)
-  return np.concatenate([np.array(e.ids, np.int64) for e in encoded] or [np.zeros(0, np.int64)])
+    parts = _parts(path, limit)
+  except UnicodeDecodeError as error:
+    raise ValueError(f"{path}: cannot be read as UTF-8 text ({error}); give plain text, or token ids"
+                     " (config.calibration.tokens, config.evaluation.tokens)") from None
+  except OSError as error:
+    raise ValueError(f"{path}: cannot be read ({error})") from None
+  pieces = []
+  for text in parts:
+    begin = 0
+    while begin < len(text):
+      end = text.rfind("\n", begin + 1, begin + PIECE) + 1 or begin + PIECE
+      pieces.append(text[begin:end])
+      begin = end
+  found = [np.zeros(0, np.int64)]
+  for first in range(0, len(pieces), TOGETHER):  # the library keeps some 100 bytes a token
+    encoded = tokenizer.encode_batch(pieces[first:first + TOGETHER], add_special_tokens=False)
+    found += [np.array(e.ids, np.int64) for e in encoded]
+  return np.concatenate(found)
+
+
+def _parts(path: Path, limit: int) -> list[str]:
+  """A text file as a whole, or `limit` bytes of it in evenly spread parts that begin behind the end of a line."""
+  size = path.stat().st_size
+  if size <= limit:
+    return [path.read_text(encoding="utf-8")]
+  count, parts = -(-limit // PIECE), []
+  with path.open("rb") as file:
+    for i in range(count):
+      file.seek(i * (size - PIECE) // max(count - 1, 1))
+      part = file.read(PIECE)
+      begin = part.find(b"\n") + 1 if file.tell() > PIECE else 0
+      if not begin:  # one long line, perhaps: at least no character that was cut
+        begin = next((at for at, byte in enumerate(part[:4]) if byte & 0xC0 != 0x80), 0)
+      parts.append(codecs.getincrementaldecoder("utf-8")().decode(part[begin:]))
+  return parts
 
 
 def _packages(purpose: str, count: int, length: int, tokenizer: tokenizers.Tokenizer, end: int | None) -> np.ndarray:

@@ -64,6 +64,16 @@ def test_the_worker_notices_a_wrong_tensor(tmp_path: Path, monkeypatch: pytest.M
   assert "ZeroDivisionError" in fuzz_worker.attempt(lambda: fuzz_worker.outcome(tmp_path / "a", pristine))
 
 
+def test_the_worker_bounds_memory():
+  """What is beyond the files and the allowance fails; half of the allowance is there to be used."""
+  program = ("import numpy as np; from tests import fuzz_worker; fuzz_worker.limit_memory(0); "
+             "take = lambda size: len(np.ones(size, np.uint8)); print(take(fuzz_worker.ALLOWANCE // 2), "
+             "fuzz_worker.attempt(lambda: str(take(2 * fuzz_worker.ALLOWANCE))))")
+  done = subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": str(runs.ROOT)},
+                        cwd=runs.ROOT, capture_output=True, text=True, check=True, timeout=120)
+  assert done.stdout.startswith(f"{fuzz_worker.ALLOWANCE // 2} FAILED") and "MemoryError" in done.stdout
+
+
 def test_a_number_stands_for_one_mutant():
   header = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
   files = {"model.safetensors": fuzz_mutations.joined(header, b"\0" * 4)}

@@ -103,6 +103,9 @@ def test_counts_are_those_of_the_model(tmp_path: Path, name: str):
   used = sum(leaf[0].size for leaf in experts.values()) * getattr(config, "num_experts_per_tok", 1)
   assert found.active_parameters == total - routed + used
   assert found.total_bytes == 4 * total and found.expert_bytes == 4 * routed
+  blocks = [sum(leaf.size for path, leaf in leaves.items() if path.startswith(f"blocks/{l}/"))
+            for l in range(names.block_count(config))]
+  assert found.streaming_bytes == int(1.6 * 4 * max(blocks)) + (2 << 30)  # layers as stored, here float32
   assert bool(found.uniform) == bool(routed)
 
 
@@ -180,6 +183,12 @@ def test_mistakes_in_the_command(checkpoint: Path, options: list[str], error: ty
     inspection.command([str(checkpoint), *options])
 
 
+def test_too_little_memory_still_shows_what_each_width_takes(checkpoint: Path, capsys: pytest.CaptureFixture):
+  with pytest.raises(budget_lib.BudgetError, match="hold no plan"):
+    inspection.command([str(checkpoint), "--memory=1kB"])
+  assert "all experts at" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("given", [{"budget": 2.5}, {"memory": 1 << 30}])
 def test_a_dense_model_has_nothing_to_quantize(tmp_path: Path, given: dict[str, Any]):
   directory = checkpoints.write("llama_tied", tmp_path)
@@ -188,9 +197,21 @@ def test_a_dense_model_has_nothing_to_quantize(tmp_path: Path, given: dict[str, 
     inspection.describe(directory, **given)
 
 
-def test_a_directory_that_is_none(tmp_path: Path):
-  with pytest.raises(convert.CheckpointError, match="config.json: not found"):
-    inspection.describe(tmp_path / "nowhere")
+@pytest.mark.parametrize(("name", "said"), [
+    ("nowhere", "nowhere/config.json: not found; there is no such directory"),
+    ("a.gguf", "a.gguf/config.json: not found; this is a file, a directory"),
+    ("", "config.json: not found; expected a directory in Hugging Face format"),
+    ("unfinished", "unfinished: is not finished: it has layers and no moeq.json"),
+    ("run", "run: config.json: model_type is None; .*; this is a run's work directory, its model is .*run/quantized"),
+])
+def test_places_that_hold_no_checkpoint(tmp_path: Path, name: str, said: str):
+  (tmp_path / "a.gguf").touch()
+  for file in ("unfinished/layer-00000.moeq.safetensors", "run/quantized/moeq.json"):
+    (tmp_path / file).parent.mkdir(parents=True)
+    (tmp_path / file).touch()
+  (tmp_path / "run" / "config.json").write_text('{"task": "quantize"}')
+  with pytest.raises((convert.CheckpointError, native.QuantizedError), match=said):
+    inspection.describe(tmp_path / name)
 
 
 @pytest.mark.parametrize(("count", "text"), [

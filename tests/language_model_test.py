@@ -3,12 +3,14 @@
 import functools
 import io
 import json
+import shutil
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 
 import moeq_jax
 from moeq_jax import artifacts, data, language_model, main, runs
@@ -71,6 +73,14 @@ def test_a_quantized_model_computes_from_its_packed_experts(quantized: Path):
   assert np.abs(model.logits(tokens) - tiny.forward(tokens)[0]).max() > 0.1
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_a_quantized_model_with_a_damaged_file_is_refused(quantized: Path, tmp_path: Path, name: str):
+  shutil.copytree(quantized, tmp_path, dirs_exist_ok=True)
+  artifacts.write_json(tmp_path / name, json.loads((quantized / name).read_text()) | {"rms_norm_eps": 1e-2})
+  with pytest.raises(native.QuantizedError, match=f"{name}: is not the file"):
+    language_model.load(tmp_path)
+
+
 def test_it_computes_in_the_type_that_is_asked_for(checkpoint: Path):
   model, tokens = language_model.load(checkpoint, "bfloat16"), tiny.tokens(1)[0]
   assert model.top.embedding[...].dtype == "bfloat16"
@@ -112,6 +122,15 @@ def test_a_wrong_tokenizer_is_refused(checkpoint: Path, tmp_path: Path):
     (tmp_path / "tokenizer.json").write_text(written)
     with pytest.raises(language_model.ModelError, match=said):
       language_model.open_tokenizer(tmp_path, tiny.CONFIG)
+
+
+def test_a_tokenizer_neither_cuts_nor_fills_up(checkpoint: Path, tmp_path: Path):
+  tokenizer = tokenizers.Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+  whole = tokenizer.encode("the router sends every token").ids
+  tokenizer.enable_truncation(2)
+  tokenizer.enable_padding(length=100)
+  tokenizer.save(str(tmp_path / "tokenizer.json"))
+  assert language_model.open_tokenizer(tmp_path, tiny.CONFIG).encode("the router sends every token").ids == whole
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -162,6 +181,18 @@ def test_texts_are_scored_through_the_tokenizer(model: language_model.LanguageMo
   tokens = model.encode("the router sends")
   before = len(model.encode("the router"))
   assert nats == pytest.approx(model.loglikelihoods([(tokens[:before], tokens[before:])])[0][0], abs=1e-6)
+
+
+def test_without_a_token_for_an_empty_context_others_are_scored(checkpoint: Path, tmp_path: Path,
+                                                               model: language_model.LanguageModel):
+  for path in checkpoint.iterdir():
+    (tmp_path / path.name).write_bytes(path.read_bytes())
+  values = json.loads((tmp_path / "config.json").read_text())
+  artifacts.write_json(tmp_path / "config.json", values | {"eos_token_id": None, "bos_token_id": None})
+  scorer, pair = language_model.load(tmp_path).scorer(), ("the router", " sends")
+  assert text.loglikelihoods(scorer, [pair]) == text.loglikelihoods(model.scorer(), [pair])
+  with pytest.raises(language_model.ModelError, match="bos_token_id"):
+    text.loglikelihoods(scorer, [("", "sends")])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -264,3 +295,10 @@ def test_errors_of_a_user_are_no_tracebacks(checkpoint: Path, tmp_path: Path, ca
       (["--checkpoint=nowhere", "--prompt=a"], "nowhere"), ([place, "--prompt=a", "--max_new_tokens=0"], "at least 1")]:
     assert main.main(["main", "generate", *arguments]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("given", "said"), [({"dtype": "int8"}, "dtype 'int8' is not one of float32, bfloat16"),
+                                             ({"capacity": "none"}, "capacity 'none' is not one of sequence, call, off")])
+def test_unknown_modes_are_named(checkpoint: Path, given: dict[str, str], said: str):
+  with pytest.raises(language_model.ModelError, match=said):
+    moeq_jax.load(checkpoint, **given)

@@ -100,6 +100,12 @@ def test_test_runs_pytest_in_the_project(project: Project, tmp_path: Path):
   assert project.launch("test", "-k", "a or b", cwd=tmp_path)[1] == f"{project.root}|{project.root}|-m pytest -k a or b"
 
 
+def test_all_tests_run_on_several_cores_file_by_file(project: Project):
+  project.add("python3.12")
+  options = "--numprocesses=auto --maxprocesses=4 --dist=loadfile"
+  assert project.launch("test")[1] == f"{project.root}|{project.root}|-m pytest {options}"
+
+
 def test_commands_run_where_they_are_given(project: Project, tmp_path: Path):
   project.add("python3.12")
   assert project.launch("run", cwd=tmp_path)[1].startswith(f"{tmp_path}|{project.root}|")

@@ -327,7 +327,7 @@ def test_the_experiment_on_constraints_has_every_constraint():
   pipeline.check(config)
   module = runs.load_module(runs.find_config("experiments/constraints.py"))
   assert set(module.CONSTRAINTS) == set(constraints.CONSTRAINTS)
-  assert len(config.methods) == 1 + 2 * len(constraints.CONSTRAINTS)
+  assert len(config.methods) == 1 + 3 * len(constraints.CONSTRAINTS)
 
 
 @pytest.mark.parametrize("arg", [None, "smoke"])

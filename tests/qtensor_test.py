@@ -177,3 +177,17 @@ def test_validate_names_a_broken_invariant(changes, said):
   q = packed(2, (3, 128, 9)).q
   with pytest.raises(ValueError, match=said):
     dataclasses.replace(q, **changes).validate("gate")
+
+
+def test_rounded_buffers_have_few_lengths_and_the_same_weights():
+  made = conformance.packed((1, 4, 4), (3, 192, 16))
+  longer = qtensor.rounded(made.q)
+  assert longer.buffer.shape[1] > made.q.buffer.shape[1]
+  longer.validate()
+  np.testing.assert_array_equal(qtensor.unpack(longer), made.codes)
+  assert qtensor.used_rows(longer) == qtensor.used_rows(made.q)
+  sizes = np.arange(1, 4096)
+  lengths = np.array([qtensor.rounded(dataclasses.replace(made.q, buffer=np.zeros((1, size, 1), np.uint8))).buffer.shape[1]
+                      for size in sizes])
+  assert (lengths >= sizes).all() and (8 * lengths <= 9 * sizes).all()
+  assert len(np.unique(lengths[1023:2047])) == 9

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,17 @@ def test_the_same_command_again_does_nothing_again(workdir: Path, run: Callable[
   assert {path: path.stat().st_mtime_ns for path in kept} == before
 
 
+@pytest.mark.parametrize("file", ["layer-00001.moeq.safetensors", "top.moeq.safetensors", "tokenizer.json"])
+def test_a_damaged_file_is_made_again_by_the_same_command(workdir: Path, run: Callable[..., Path], file: str):
+  copy = shutil.copytree(workdir, workdir.parent / f"damaged-{file}")
+  content = bytearray((copy / "quantized" / file).read_bytes())
+  content[-1] ^= 1
+  (copy / "quantized" / file).write_bytes(content)
+  run(copy.name, "budget=2.5", f"method={METHOD}", "export=('hf',)")
+  for path in (workdir / "quantized").iterdir():
+    assert (copy / "quantized" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Other settings
 # ---------------------------------------------------------------------------------------------------------------------
@@ -221,6 +233,11 @@ def test_sequential_rows_come_from_the_quantized_layers_before(run: Callable[...
     (("budget=2", "export=('gguf',)"), "unknown format 'gguf'"),
     (("budget=2", "export=('compressed-tensors',)"), "--config.codec='rtn.group=128, grid=ct.'"),
     (("budget=2", "export=('hf(width=4)',)"), "hf has no option 'width'"),
+    (("budget=2", "codec=rtn(group=32,grid=ct)", "widths=(2, 3, 4)", "export=('compressed-tensors(width=5)',)"),
+     "width is one of"),
+    (("budget=2", "codec=rtn(group=64,grid=ct)", "widths=(2, 3, 4)", "export=('compressed-tensors',)", "method=uniform",
+      "evaluation.sequences=0"), "groups of 64 do not divide the 96 inputs of down"),
+    (("budget=2", "export=('hf(dtype=float64)',)", "method=uniform"), "'float64' .*none of .*hf.dtype=bfloat16"),
     (("budget=2", "calibration.sequences=0"), "needs text; .*:data_free"),
     (("budget=2", "calibration.sequences=800"), "holds 8 sequences of 24 tokens, 800 of 24"),
 ])
@@ -230,6 +247,19 @@ def test_mistakes_are_found_before_any_work(run: Callable[..., Path], tmp_path: 
   with pytest.raises(ValueError, match=said):
     run(name, *settings)
   assert not [path for path in (tmp_path / "run").iterdir() if path.name not in runs.NOTES]
+
+
+@pytest.mark.parametrize(("settings", "said"), [
+    (("budget=3", "codec=rtn(group=32,grid=ct)", "export=('compressed-tensors(width=3)',)"),
+     "the plan gives up to 4 bits"),
+    (("memory=294000B",), "tiers.* takes 2.3333 bits per expert weight, and 2.3263 fit"),
+])
+def test_plans_that_cannot_be_used_are_refused_before_encoding(run: Callable[..., Path], tmp_path: Path,
+                                                               settings: tuple[str, ...], said: str):
+  with pytest.raises(ValueError, match=said):
+    run(str(tmp_path / "run"), "method=tiers(router_norm, zeta=0)", "widths=(2, 3, 4)", "evaluation.sequences=0",
+        *settings)
+  assert not (tmp_path / "run" / "quantized").exists()
 
 
 def test_a_dense_model_is_refused(run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

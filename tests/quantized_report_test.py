@@ -94,6 +94,7 @@ def test_projections_have_maps_of_their_own(tmp_path: Path):
 
 def test_many_experts_without_tokens_are_counted_not_listed(tmp_path: Path):
   page, _ = pages(tmp_path, unrouted=[[0, e] for e in range(100)])
+  assert "1 expert saw no calibration token: block 2, expert 4." in pages(tmp_path)[0]
   assert "100 experts saw no calibration token" in page and "and 60 more" in page and "expert 41" not in page
 
 

@@ -32,7 +32,7 @@ for axis, x_spec, y_spec in (("n", jax.P(), jax.P(None, "model")), ("k", jax.P(N
   specs = shards.specs(q, "model")
   placed = jax.tree.map(lambda leaf, spec: jax.device_put(leaf, jax.NamedSharding(mesh, spec)), q, specs)
   assert {shard.data.shape[0] for shard in placed.buffer.addressable_shards} == {1}
-  for backend in api.BACKENDS:
+  for backend in ("cpu", "reference"):
     def body(x, q, sizes):
       y = api.grouped_matmul(x, q, sizes, backend=backend)
       return jax.lax.psum(y, "model") if axis == "k" else y

@@ -74,7 +74,7 @@ def test_equal_commands_write_equal_bytes(dense: Path, tmp_path: Path):
 
 @pytest.mark.parametrize(("options", "said"), [
     (["--method=cpoy"], "did you mean"), (["--top_k=9"], "--top_k=9"), (["--experts=0"], "--top_k=2"),
-    (["--dtype=int8"], "--dtype=int8"), (["--exprts=2"], "exprts"),
+    (["--dtype=int8"], "--dtype=int8"), (["--seed=-1"], "--seed=-1: at least 0"), (["--exprts=2"], "exprts"),
 ])
 def test_wrong_options_are_named(dense: Path, tmp_path: Path, options: list[str], said: str):
   with pytest.raises(runs.UsageError, match=said):
@@ -86,8 +86,9 @@ def test_sources_and_places_that_will_not_do(dense: Path, tmp_path: Path, capsys
   run = lambda *arguments: main.main(["main", "upcycle", *map(str, arguments)])
   (tmp_path / "full").mkdir()
   (tmp_path / "full" / "file").touch()
-  assert run(dense, tmp_path / "moe", "--method=split", "--experts=5") == 2
-  assert "cannot be split into 5" in capsys.readouterr().err
+  for experts in (5, 96):
+    assert run(dense, tmp_path / "moe", "--method=split", f"--experts={experts}") == 2
+    assert f"a network of width 48 cannot be split into {experts}" in capsys.readouterr().err
   assert run(dense, tmp_path / "full") == 2 and "not empty" in capsys.readouterr().err
   assert run(tmp_path / "none", tmp_path / "moe") == 2 and "not found" in capsys.readouterr().err
   assert run("experiments/models/moeq-small", tmp_path / "moe") == 2

@@ -46,6 +46,25 @@ def test_windows_of_a_text_file_are_its_tokens(checkpoint: Path, tmp_path: Path,
   assert str(tmp_path / "mine.txt") in found.about
 
 
+@pytest.mark.parametrize("end", ["\n", " "])
+def test_of_a_large_file_evenly_spread_parts_are_read(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                      end: str):
+  for name, value in (("PIECE", 101), ("WHOLE", 1000), ("CHARACTERS", 10)):
+    monkeypatch.setattr(user_text, name, value)
+  words = [f"tökén{place:05d}" for place in range(20_000)]
+  whole = end.join(words)
+  (tmp_path / "mine.txt").write_text(whole)
+  tokenizer = tokenizers.Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+  parts = user_text._parts(tmp_path / "mine.txt", 1000)
+  assert sum(map(len, parts)) <= 1010 and all(part in whole for part in parts)
+  places = [whole.index(part) for part in parts]
+  assert places == sorted(places) and places[0] == 0 and places[-1] + len(parts[-1]) == len(whole)
+  if end == "\n":
+    assert all(part.startswith("tökén") for part in parts)
+  found = user_text._own_text(tmp_path / "mine.txt", tokenizer, 1000)
+  assert 0 < len(found) < 2000
+
+
 def test_truncation_saved_with_a_tokenizer_does_not_cut_the_text(checkpoint: Path, tmp_path: Path):
   tokenizer = tokenizers.Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
   tokenizer.enable_truncation(5)

@@ -14,6 +14,10 @@ from moeq_jax import planar
 TENSOR_MARGIN, CELL_MARGIN, MODEL_MARGIN = 4096, 16, 65536
 
 
+class BudgetError(ValueError):
+  """A budget that no plan meets."""
+
+
 def bits_for_bytes(total_bytes: int, other_bytes: int, shapes: Sequence[tuple[int, int, int]], group: int, *,
                    widths: Sequence[int]) -> float:
   """The largest average of nominal bits at which every plan fits, whichever experts get the bits.
@@ -32,16 +36,16 @@ def bits_for_bytes(total_bytes: int, other_bytes: int, shapes: Sequence[tuple[in
     Nominal bits per expert weight, at most the largest width, rounded down to whole 1/10000.
 
   Raises:
-    ValueError: not even the smallest width fits; says how many bytes it takes.
+    BudgetError: not even the smallest width fits; says how many bytes it takes.
   """
   fixed = other_bytes + margin(shapes) + sum(map(_scales, shapes, [group] * len(shapes)))
   weights = np.array([math.prod(shape) for shape in shapes], dtype=object)
   padded = np.array([e * planar.layout(k, n, group).k_block * n for e, k, n in shapes], dtype=object)
   least = math.ceil(Fraction(widths[0] * int(padded.sum()), 8)) + fixed
   if least > total_bytes:
-    raise ValueError(f"{total_bytes / 2**30:.2f} GiB hold no plan: with every expert at {widths[0]} bits the model"
-                     f" takes {least / 2**30:.2f} GiB, {other_bytes / 2**30:.2f} GiB of them not quantized; allow more"
-                     " memory, or add a smaller width")
+    raise BudgetError(f"{_size(total_bytes)} hold no plan: with all experts at width {widths[0]} the model takes"
+                      f" {_size(least)} ({least} bytes), {_size(other_bytes)} of them not quantized; allow more"
+                      " memory, or add a smaller width")
   worst = max(Fraction(p, w) for p, w in zip(padded.tolist(), weights.tolist(), strict=True))
   above = 8 * (total_bytes - least) / (worst * int(weights.sum()))
   return min(math.floor((widths[0] + above) * 10_000) / 10_000, float(widths[-1]))
@@ -50,6 +54,10 @@ def bits_for_bytes(total_bytes: int, other_bytes: int, shapes: Sequence[tuple[in
 def margin(shapes: Sequence[tuple[int, int, int]]) -> int:
   """Bytes set aside for headers and metadata of a model with these quantized tensors."""
   return MODEL_MARGIN + sum(TENSOR_MARGIN + CELL_MARGIN * experts for experts, _, _ in shapes)
+
+
+def _size(count: int) -> str:
+  return f"{count / 2**30:.2f} GiB" if count >= 2**26 else f"{count / 2**20:.2f} MiB"
 
 
 def _scales(shape: tuple[int, int, int], group: int) -> int:

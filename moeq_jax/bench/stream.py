@@ -1,6 +1,7 @@
 """`bench stream`: memory and time of streaming quantization at Mixtral-8x7B's shape."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -47,7 +48,7 @@ def run(layers: int = 2, budget: float = 2.0, directory: str = "", shrink: int =
   Raises:
     ValueError: fewer than 2 layers.
     OSError: too little room on the disk.
-    RuntimeError: a process failed; what it printed stands above.
+    RuntimeError: a process failed; holds what it printed, its errors stand above.
   """
   if layers < 2:
     raise ValueError(f"layers={layers}: at least 2 are needed, the first is slower because it compiles")
@@ -84,13 +85,7 @@ def run(layers: int = 2, budget: float = 2.0, directory: str = "", shrink: int =
 
 def count(tensors: dict[str, tuple[int, ...]]) -> int:
   """Weights in tensors of these shapes."""
-  total = 0
-  for shape in tensors.values():
-    count = 1
-    for size in shape:
-      count *= size
-    total += count
-  return total
+  return sum(map(math.prod, tensors.values()))
 
 
 def child(command: Sequence[str]) -> tuple[str, float, float]:

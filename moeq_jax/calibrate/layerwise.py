@@ -31,6 +31,10 @@ Experts = Callable[[int], Weights]
 Visit = Callable[[int, Weights, np.ndarray, np.ndarray], Any]
 
 
+class NotFiniteError(ValueError):
+  """A value is NaN or infinite; the message says which, and of which expert."""
+
+
 @dataclasses.dataclass(frozen=True)
 class LayerStats:
   """What the forward pass saw of one MoE layer.
@@ -117,7 +121,7 @@ def forward_layer(functions: Any, block: Any, experts: Experts, states: Sequence
     The states after the block, and what was seen (None for a dense block).
 
   Raises:
-    ValueError: an expert's output is not finite; names the expert.
+    NotFiniteError: a routing weight or an expert's output is not finite; names the expert.
   """
   if not functions.sparse(block):
     return [_on_host(steps.block(functions, block, state)[0]) for state in states], None
@@ -188,6 +192,7 @@ def _after(functions: Any, block: Any, pending: Any, y: jax.Array) -> Any:
 
 def _halfway(functions: Any, block: Any, state: Any) -> _Batch:
   pending, rows, routing = _on_host(_before(functions, block, state))
+  _check_finite(routing.weights, "a routing weight")  # a row whose weight is NaN would reach no expert
   return _Batch(pending, rows, routing.experts, routing.weights)
 
 
@@ -196,9 +201,23 @@ def _halfway(functions: Any, block: Any, state: Any) -> _Batch:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def head_gradients(functions: Any, top: Any, state: Any, batch: Any) -> tuple[jax.Array, Any]:
-  """The summed token loss of a batch and its derivative with respect to the state after the last block."""
-  return statistics.head(functions, top, state, batch)[:2]
+def head_gradients(functions: Any, top: Any, state: Any, batch: Any) -> tuple[np.ndarray, Any]:
+  """The summed token loss of a batch and its derivative with respect to the state after the last block, on the host;
+  one of `sequences` after the other."""
+  found = [_on_host(statistics.head(functions, top, *one)[:2]) for one in sequences(state, batch)]
+  losses, gradients = zip(*found, strict=True)
+  return np.sum(losses), jax.tree.map(lambda *parts: np.concatenate(parts), *gradients)
+
+
+def sequences(state: Any, batch: Any) -> list[tuple[Any, Any]]:
+  """A state after the last block and its batch, cut into sequences, so that logits are `[1, S, V]` at a time: in
+  float32, four sequences of 512 tokens and a vocabulary of 152,000 take 1.2 GB, and their derivatives as much again.
+
+  A state of several arrays (Switch Transformer, whose vocabulary is small) stays whole: sequences share some of them.
+  """
+  if isinstance(state, Mapping):
+    return [(state, batch)]
+  return [(state[i:i + 1], batch[i:i + 1]) for i in range(len(batch))]
 
 
 def backward_layer(functions: Any, block: Any, experts: Experts, states: Sequence[Any], d_states: Sequence[Any],
@@ -214,7 +233,7 @@ def backward_layer(functions: Any, block: Any, experts: Experts, states: Sequenc
     The derivatives with respect to `states`, and the sums over batches (None for a dense block).
 
   Raises:
-    ValueError: a gradient is not finite; names the expert.
+    NotFiniteError: a routing weight or a gradient is not finite; names the expert.
   """
   if not functions.sparse(block):
     return [_on_host(statistics.through(functions, block, s, d)) for s, d in zip(states, d_states, strict=True)], None
@@ -225,8 +244,11 @@ def backward_layer(functions: Any, block: Any, experts: Experts, states: Sequenc
   y = _sums_for_after(functions, block, experts, batches)
   arriving = [_on_host(_after_backward(functions, block, batch.pending, total, d_state))
               for batch, total, d_state in zip(batches, y, d_states, strict=True)]
+  del y
   d_pending, d_y = (list(parts) for parts in zip(*arriving))
+  del arriving
   d_rows, d_weights = _back_through_experts(functions, experts, batches, d_y, grad_sq)
+  del d_y
   router_grad_sq, before = np.zeros(len(functions.router(block))), []
   for index, each in enumerate(np.broadcast_to(np.float32(scale), len(batches))):
     leaving = d_pending[index], d_rows[index].astype(batches[index].rows.dtype), d_weights[index]
@@ -345,7 +367,8 @@ def _cast(weights: Weights, dtype: np.dtype) -> dict[str, jax.Array]:
   return {name: jnp.asarray(weight).astype(dtype) for name, weight in weights.items()}
 
 
-def _check_finite(values: np.ndarray, what: str, expert: int) -> None:
+def _check_finite(values: np.ndarray, what: str, expert: int | None = None) -> None:
   if not np.isfinite(values).all():
-    raise ValueError(f"calibration: {what} of expert {expert} is not finite; the model overflows in this compute dtype,"
-                     " or the checkpoint is damaged")
+    whose = "" if expert is None else f" of expert {expert}"
+    raise NotFiniteError(f"{what}{whose} is not finite; the model overflows in this compute dtype, or the checkpoint is"
+                         " damaged")

@@ -20,10 +20,12 @@ A request is `{"id": n, "method": name, "requests": [...]}`, its answer `{"id": 
 | `generate` | `[context, {"until": [...], "max_new_tokens": n, "temperature": t}]` | `text` |
 """
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,8 +37,10 @@ except ModuleNotFoundError:  # the other side of the line
   harness = registry = None
 
 ROOT = Path(__file__).resolve().parents[2]
+PATIENCE = 10  # seconds that a process has to end by itself
 NEW_TOKENS = 256  # where a task does not say; the harness' own
 LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # one thing, in order of precedence
+REMEDY = "give python=PATH, the Python of an environment with this project's packages"
 Answer = Callable[[str, list[Any]], list[Any]]
 
 
@@ -45,10 +49,14 @@ class ServerError(RuntimeError):
 
 
 class Process:
-  """A process that answers requests.
+  """A process that answers requests; it ends with this object, or with the program.
 
   Args:
     command: of the process.
+
+  Attributes:
+    about: what it says of its model: `length`, `joint`, `tokens`.
+    close: called without arguments, ends it.
 
   Raises:
     ServerError: it cannot be started, or cannot open its model.
@@ -60,9 +68,14 @@ class Process:
       self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                                        encoding="utf-8", env=environment)
     except OSError as error:
-      raise ServerError(f"{command[0]}: cannot be started ({error}); give python=PATH, a Python that has jax") from None
+      raise ServerError(f"{command[0]}: cannot be started ({error}); {REMEDY}") from None
+    self.close = weakref.finalize(self, _end, self._process)
     self._sent = 0
-    self.about: dict[str, Any] = self._receive("ready")
+    try:
+      self.about: dict[str, Any] = self._receive("ready")
+    except ServerError:
+      self.close()
+      raise
 
   def __call__(self, method: str, requests: list[Any]) -> list[Any]:
     """The answers to requests of one method, in their order.
@@ -74,7 +87,7 @@ class Process:
     try:
       self._process.stdin.write(json.dumps({"id": self._sent, "method": method, "requests": requests}) + "\n")
       self._process.stdin.flush()
-    except OSError:
+    except (OSError, ValueError):  # a broken pipe, or one that was closed
       raise self._ended() from None
     return self._receive("result")
 
@@ -82,7 +95,10 @@ class Process:
     line = self._process.stdout.readline()
     if not line.endswith("\n"):
       raise self._ended()
-    message = json.loads(line)
+    try:
+      message = dict(json.loads(line))
+    except (ValueError, TypeError):
+      raise ServerError(f"the process that answers said {line[:80]!r}; {REMEDY}") from None
     if "error" in message:
       raise ServerError(message["error"])
     if message.get("id", 0) != self._sent:
@@ -90,14 +106,21 @@ class Process:
     return message[name]
 
   def _ended(self) -> ServerError:
-    return ServerError(f"the process that answers has ended with status {self._process.wait()}; what it said stands"
-                       " above")
+    self.close()
+    return ServerError(f"the process that answers has ended with status {self._process.returncode}; what it said stands"
+                       f" above{'' if self._sent else '; ' + REMEDY}")
 
-  def close(self) -> None:
-    """Ends the process."""
-    self._process.stdin.close()
-    self._process.stdout.close()
-    self._process.wait()
+
+def _end(process: subprocess.Popen) -> None:
+  """Lets a process end, and waits for it."""
+  with contextlib.suppress(OSError):
+    process.stdin.close()
+  process.stdout.close()
+  try:
+    process.wait(PATIENCE)
+  except subprocess.TimeoutExpired:
+    process.kill()
+    process.wait()
 
 
 def generation(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,12 +151,18 @@ class Moeq(harness.LM if harness else object):
     dtype: that the model computes in.
     answer: what answers, in place of a process.
     batch_size, max_batch_size, device: given by the harness to every model; not used.
+
+  Raises:
+    ValueError: no checkpoint.
+    ServerError: see `Process`.
   """
 
   def __init__(self, checkpoint: str = "", python: str = sys.executable, dtype: str = "float32",
                answer: Answer | None = None, batch_size: Any = None, max_batch_size: Any = None, device: Any = None):
     super().__init__()
     del batch_size, max_batch_size, device
+    if not checkpoint and not answer:
+      raise ValueError("model_args: which model? give checkpoint=DIR")
     command = [python, "-P", "-m", "moeq_jax.main", "serve", f"--checkpoint={checkpoint}", f"--dtype={dtype}"]
     self._answer = answer or Process(command)
 

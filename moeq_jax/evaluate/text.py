@@ -24,14 +24,14 @@ class Scorer:
     encode: `(text, special) -> token ids`; `special`: with the tokens that the tokenizer puts around a text.
     loglikelihoods: `[(context, continuation)] -> [(nats, greedy)]`: sum of log-probabilities of the continuation's
       tokens, and whether each of them was the likeliest.
-    prefix: the token that stands for an empty context.
+    prefix: gives the token that stands for an empty context; called only where one does.
     length: most tokens that the model sees at once.
     joint: one sequence holds context and continuation (decoders); else they are the inputs and the targets.
   """
 
   encode: Callable[[str, bool], Tokens]
   loglikelihoods: Callable[[Sequence[Pair]], list[tuple[float, bool]]]
-  prefix: int
+  prefix: Callable[[], int]
   length: int
   joint: bool = True
 
@@ -46,7 +46,8 @@ def encode_pair(scorer: Scorer, context: str, continuation: str) -> Pair:
   continuation = context[len(bare) :] + continuation
   if not bare:
     tokens = scorer.encode(continuation, False)
-    pair = (tokens[:1], tokens[1:]) if tokens[:1] == [scorer.prefix] else ([scorer.prefix], tokens)
+    prefix = scorer.prefix()
+    pair = (tokens[:1], tokens[1:]) if tokens[:1] == [prefix] else ([prefix], tokens)
   elif scorer.joint:
     before = scorer.encode(bare, True)
     pair = before, scorer.encode(bare + continuation, True)[len(before) :]
@@ -76,7 +77,7 @@ def windows(tokens: Tokens, prefix: int, length: int) -> Iterator[Pair]:
 
 def rolling(scorer: Scorer, texts: Sequence[str]) -> list[float]:
   """The log-likelihood of each text as a whole, in nats."""
-  cut = [list(windows(scorer.encode(text, True), scorer.prefix, scorer.length)) for text in texts]
+  cut = [list(windows(scorer.encode(text, True), scorer.prefix(), scorer.length)) for text in texts]
   found = iter(scorer.loglikelihoods([pair for pairs in cut for pair in pairs]))
   return [sum(next(found)[0] for _ in pairs) for pairs in cut]
 

@@ -33,15 +33,17 @@ class ShardWriter:
     """Args: directory: the place of the shards. shard_bytes: a shard is written before it would grow beyond this."""
     self._directory, self._limit = directory, shard_bytes
     self._tensors: dict[str, np.ndarray] = {}
+    self._bytes = 0  # of these tensors
     self._shards: list[dict[str, int]] = []  # of each shard written: name -> bytes
 
   def add(self, name: str, tensor: np.ndarray) -> None:
     """Takes one tensor; raises `ExportError` if there already is one of this name."""
     if name in self._tensors or any(name in shard for shard in self._shards):
       raise ExportError(f"two tensors are called {name!r}: the names of experts do not tell them apart")
-    if self._tensors and sum(a.nbytes for a in self._tensors.values()) + tensor.nbytes > self._limit:
+    if self._tensors and self._bytes + tensor.nbytes > self._limit:
       self._flush()
     self._tensors[name] = np.ascontiguousarray(tensor)
+    self._bytes += tensor.nbytes
 
   def close(self) -> None:
     """Writes the last shard, gives the shards their names, and writes the index unless there is one shard."""
@@ -63,7 +65,7 @@ class ShardWriter:
       except safetensors.SafetensorError as error:  # the library's name for a full disk
         raise OSError(str(error)) from error
     self._shards.append({name: tensor.nbytes for name, tensor in self._tensors.items()})
-    self._tensors = {}
+    self._tensors, self._bytes = {}, 0
 
   def _path(self, index: int) -> Path:
     return self._directory / f"shard-{index:05d}.safetensors"

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import custom_batching, lax
 
-from moeq_jax.kernels import cpu, reference, varying
+from moeq_jax.kernels import cpu, cpu_int8, reference, varying
 from moeq_jax.qtensor import QTensor
 
 Weights = jax.Array | QTensor
@@ -28,15 +28,19 @@ class Backend:
     supports: `((T, E, K, N), (dtype of x, dtype of w or None if packed), device) -> reason`, None if it can.
     forward: `(x, w, group_sizes, out_dtype) -> y`.
     backward: `(x, w, group_sizes, dy) -> (dx, dw)`; `dw` is None for packed weights.
+    activations: which of `ACTIVATIONS` it computes with.
   """
 
   supports: Callable[[tuple[int, int, int, int], tuple[jnp.dtype, jnp.dtype | None], str], str | None]
   forward: Callable[[jax.Array, Weights, jax.Array, jnp.dtype], jax.Array]
   backward: Callable[[jax.Array, Weights, jax.Array, jax.Array], tuple[jax.Array, jax.Array | None]]
+  activations: str = "exact"
 
 
+ACTIVATIONS = ("exact", "int8")
 BACKENDS = {  # in order of preference
   "cpu": Backend(cpu.supports, cpu.forward, cpu.backward),
+  "cpu_int8": Backend(cpu_int8.supports, cpu_int8.forward, cpu_int8.backward, "int8"),
   "reference": Backend(reference.supports, reference.forward, reference.backward),
 }
 DTYPES = (jnp.float32, jnp.bfloat16)
@@ -49,6 +53,7 @@ def grouped_matmul(
   *,
   backend: str | None = None,
   out_dtype: jnp.dtype | None = None,
+  activations: str = "exact",
 ) -> jax.Array:
   """`y[t] = x[t] @ w[e(t)]` for rows sorted by expert.
 
@@ -59,6 +64,8 @@ def grouped_matmul(
     group_sizes: `[E]` int32, rows of each expert, zero allowed; they sum to T.
     backend: a name in `BACKENDS`; by default the first that takes the problem.
     out_dtype: float32 or bfloat16; by default that of x.
+    activations: `"exact"`, or `"int8"`: rows are quantized to 8 bits where there are few (about half a percent of the
+      output's norm is lost; the gradient is that of the exact product). Never used unless asked for.
 
   Returns:
     `[T, N]`. Differentiable in reverse mode in `x`, and in `w` if it is an array; a QTensor is a constant. `vmap` over
@@ -73,7 +80,7 @@ def grouped_matmul(
   for name, dtype in (("x", x.dtype), ("out_dtype", out_dtype)):
     if dtype not in DTYPES:
       raise ValueError(f"grouped_matmul: {name} is {dtype}; it takes float32 and bfloat16")
-  return _matmul(choose(x, w, backend), out_dtype, *varying.unify(x, w, group_sizes))
+  return _matmul(choose(x, w, backend, activations=activations), out_dtype, *varying.unify(x, w, group_sizes))
 
 
 def _checked(group_sizes: jax.Array, x: jax.Array, w: Weights) -> jax.Array:
@@ -89,7 +96,8 @@ def _checked(group_sizes: jax.Array, x: jax.Array, w: Weights) -> jax.Array:
   return jnp.asarray(group_sizes, jnp.int32)
 
 
-def choose(x: jax.Array, w: Weights, backend: str | None = None, device: str | None = None) -> str:
+def choose(x: jax.Array, w: Weights, backend: str | None = None, device: str | None = None, *,
+           activations: str = "exact") -> str:
   """The name of the back-end that takes `x @ w` on `device` (by default the platform that jax computes on).
 
   Raises:
@@ -97,9 +105,11 @@ def choose(x: jax.Array, w: Weights, backend: str | None = None, device: str | N
   """
   if backend is not None and backend not in BACKENDS:
     raise ValueError(f"grouped_matmul: unknown back-end {backend!r}; there are {list(BACKENDS)}")
+  if activations not in ACTIVATIONS:
+    raise ValueError(f"grouped_matmul: activations={activations!r} is not one of {ACTIVATIONS}")
   dtypes = x.dtype, None if isinstance(w, QTensor) else w.dtype
   shape, reasons = (x.shape[0], *w.shape), []
-  for name in [backend] if backend else BACKENDS:
+  for name in [backend] if backend else (n for n, b in BACKENDS.items() if b.activations == activations):
     reason = BACKENDS[name].supports(shape, dtypes, device or jax.default_backend())
     if reason is None:
       return name

@@ -55,7 +55,7 @@ def read_config(directory: Path) -> tuple[Config, dict[str, Any]]:
   """
   path = Path(directory) / "config.json"
   if not path.is_file():
-    raise CheckpointError(f"{path}: not found; expected a directory in Hugging Face format")
+    raise CheckpointError(f"{path}: not found; {_instead(Path(directory))}")
   try:
     values = tensor_files.read_json(path, _MOST_CONFIG)
   except tensor_files.TensorFilesError as error:
@@ -63,7 +63,18 @@ def read_config(directory: Path) -> tuple[Config, dict[str, Any]]:
   try:
     return hf_config.read(values), values
   except ValueError as error:
-    raise CheckpointError(f"{directory}: {error}") from None
+    inside = Path(directory) / "quantized"
+    hint = f"; this is a run's work directory, its model is {inside}" if (inside / "moeq.json").is_file() else ""
+    raise CheckpointError(f"{directory}: {error}{hint}") from None
+
+
+def _instead(directory: Path) -> str:
+  """What stands where a checkpoint directory was expected."""
+  if directory.is_file():
+    return "this is a file, a directory in Hugging Face format was expected"
+  if not directory.is_dir():
+    return "there is no such directory; one in Hugging Face format was expected"
+  return "expected a directory in Hugging Face format"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -236,7 +236,7 @@ class Functions:
   after: Callable[[Any, Any, jax.Array], Any]
 
 
-def _with(block: Block, values: Mapping[str, Any]) -> Block:
+def with_moe(block: Any, values: Mapping[str, Any]) -> Any:
   """A copy of `block` whose MoE parameters in `values` are replaced."""
   copy = jax.tree.map(lambda leaf: leaf, block)
   for name, value in values.items():
@@ -259,9 +259,9 @@ def _functions(dtype: jnp.dtype) -> Functions:
       losses=token_losses,
       sparse=lambda block: hasattr(block, "moe"),
       router=lambda block: block.moe.router.get_value(),
-      with_router=lambda block, router: _with(block, {"router": router}),
+      with_router=lambda block, router: with_moe(block, {"router": router}),
       experts=lambda block: {name: getattr(block.moe, name).get_value() for name in ("gate", "up", "down")},
-      with_experts=_with,
+      with_experts=with_moe,
       before=lambda block, h: block.before(h),
       expert=layers.swiglu,
       after=lambda block, pending, y: block.after(pending, y),

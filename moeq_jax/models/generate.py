@@ -15,6 +15,8 @@ import numpy as np
 
 from moeq_jax.models import attention, decoder, layers, switch, switch_generate
 
+COLDEST = 1e-30  # a lower temperature is none: its reciprocal is near the end of what float32 holds
+
 
 class GenerationError(ValueError):
   """Nothing can be generated from these arguments: the message names the argument and the remedy."""
@@ -89,18 +91,25 @@ DECODINGS: dict[type, Callable[[], Decoding]] = {
 
 @functools.partial(jax.jit, static_argnames="greedy")
 def _choose(logits: jax.Array, key: jax.Array, step: jax.Array, temperature: jax.Array, *, greedy: bool) -> jax.Array:
-  """One token of each row, `[B]` int32; a row's draws depend on the seed, its place and the step, on no other row."""
+  """One token of each row, `[B]` int32; a row's draws depend on the seed, its place and the step, on no other row.
+
+  The largest logit is taken away before the division, so that none becomes infinite.
+  """
   if greedy:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
   keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(key, row), step))(jnp.arange(logits.shape[0]))
-  return jax.vmap(jax.random.categorical)(keys, logits / temperature).astype(jnp.int32)
+  scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature
+  return jax.vmap(jax.random.categorical)(keys, scaled).astype(jnp.int32)
 
 
-def _check(config: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float) -> None:
+def _check(config: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float,
+           seed: int) -> None:
   """Raises a GenerationError if the arguments of `generate` make no sense."""
   if max_new_tokens < 1 or not 0 <= temperature < float("inf"):
     raise GenerationError(f"max_new_tokens={max_new_tokens}, temperature={temperature}: at least 1 token, a finite"
                           " temperature of at least 0")
+  if not -(2**63) <= seed < 2**63:
+    raise GenerationError(f"seed={seed}: a whole number of 64 bits is needed")
   for row, prompt in enumerate(prompts):
     if not len(prompt):
       raise GenerationError(f"prompt {row} is empty: begin it with a token, for example that of the end of text")
@@ -120,7 +129,7 @@ def generate(config: Any, functions: Any, top: Any, blocks: Sequence[Any], promp
     top, blocks: parameters; experts are arrays or QTensors.
     prompts: token ids, at least one a prompt; of any lengths.
     max_new_tokens: of each row.
-    temperature: logits are divided by it before a token is drawn; 0 takes the most probable token.
+    temperature: logits are divided by it before a token is drawn; 0 (below `COLDEST`) takes the most probable token.
     seed: of the draws; the same seed gives the same tokens.
     eos: token or tokens that end a row.
     watch: called with the new tokens `[B]` of each step; may give `[B]` bool, the rows that need no more of them.
@@ -129,13 +138,14 @@ def generate(config: Any, functions: Any, top: Any, blocks: Sequence[Any], promp
     The new tokens of each prompt; a token of `eos` is the last of its row.
 
   Raises:
-    GenerationError: an empty prompt, tokens outside the vocabulary, no new tokens asked for, a negative temperature.
+    GenerationError: an empty prompt, tokens outside the vocabulary, no new tokens asked for, a negative temperature,
+      a seed beyond 64 bits.
   """
-  _check(config, prompts, max_new_tokens, temperature)
+  _check(config, prompts, max_new_tokens, temperature, seed)
   if not prompts:
     return []
   decoding, stop = DECODINGS[type(config)](), np.atleast_1d([] if eos is None else eos)
-  choose = functools.partial(_choose, key=jax.random.key(seed), greedy=temperature == 0,
+  choose = functools.partial(_choose, key=jax.random.key(seed), greedy=temperature < COLDEST,
                              temperature=jnp.float32(temperature))
   logits, state = decoding.prefill(functions, top, blocks, prompts, max_new_tokens)
   drawn, ended = [], np.zeros(len(prompts), bool)

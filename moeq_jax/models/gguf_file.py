@@ -111,8 +111,8 @@ class GgufFile:
     try:
       return _tokenizer(self.fields)
     except (KeyError, ValueError, TypeError, AttributeError) as error:
-      raise convert.CheckpointError(f"{self.path}: its tokenizer cannot be read ({error}); give a tokenizer.json"
-                                    " instead") from None
+      raise convert.CheckpointError(f"{self.path}: its tokenizer cannot be read ({error}); take the model's"
+                                    " safetensors checkpoint, which has a tokenizer.json") from None
 
 
 def halves(rows: np.ndarray, heads: int) -> np.ndarray:

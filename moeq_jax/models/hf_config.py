@@ -1,8 +1,9 @@
 """`config.json` of Hugging Face in and out: what one of each family says, and what transformers 5.23 takes it for.
 
 Both spellings are read: transformers 5 writes `rope_parameters` and `dtype`, older versions `rope_theta`,
-`rope_scaling` and `torch_dtype`. A field that is missing has the value that transformers takes for its family. A field
-that would change what the model computes and is not supported is an error, one that is merely unknown a warning.
+`rope_scaling` and `torch_dtype`. Sizes must be given; another field that is missing has the value that transformers
+takes for its family. A field that would change what the model computes and is not supported is an error, one that is
+merely unknown a warning.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from moeq_jax.models import rope
 from moeq_jax.models.decoder import DecoderConfig
 from moeq_jax.models.hf_fields import Fields, error, positive, unknown_family
 from moeq_jax.models.switch import SwitchConfig
@@ -32,14 +34,6 @@ ARCHITECTURES = {
     "mixtral": "MixtralForCausalLM", "qwen2_moe": "Qwen2MoeForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM",
     "olmoe": "OlmoeForCausalLM", "llama": "LlamaForCausalLM",
     "switch_transformers": "SwitchTransformersForConditionalGeneration",
-}
-# What each kind of rotation needs beside the base frequency, and what it may have.
-ROPE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "default": ((), ()),
-    "linear": (("factor",), ()),
-    "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ("original_max_position_embeddings",)),
-    "yarn": (("factor",), ("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
-                           "mscale_all_dim", "truncate")),
 }
 
 
@@ -219,7 +213,7 @@ def _read_rope(fields: Fields, theta: float, positions: int) -> tuple[float, tup
   theta = positive("rope_theta", theta if inner is outer is None else outer if inner is None else inner, 1)
   if items.pop("partial_rotary_factor", 1) != 1:
     raise error("partial_rotary_factor", given, "only whole heads are turned: 1 is supported")
-  needed, optional = ROPE[kind]
+  needed, optional = rope.PARAMETERS[kind]
   if wrong := sorted(set(needed) - items.keys() or items.keys() - {*needed, *optional}):
     state = "is missing" if wrong[0] in needed else "does not belong there"
     raise error("rope_parameters", items, f"{wrong[0]} {state} (rope_type {kind!r})")
@@ -242,8 +236,9 @@ def _spelling(name: str, items: Any) -> dict[str, Any]:
     raise error(name, items, "one set of parameters for all layers is needed")
   items = {key: value for key, value in items.items() if value is not None}
   kinds = [items.pop(key) for key in ("rope_type", "type") if key in items] or ["default"]
-  if len(set(map(str, kinds))) > 1 or kinds[0] not in ROPE:
-    raise error(f"rope_type of {name}", kinds[0] if len(kinds) == 1 else kinds, f"supported: {', '.join(ROPE)}")
+  if len(set(map(str, kinds))) > 1 or kinds[0] not in rope.PARAMETERS:
+    raise error(f"rope_type of {name}", kinds[0] if len(kinds) == 1 else kinds,
+                f"supported: {', '.join(rope.PARAMETERS)}")
   return items | {"rope_type": kinds[0]}
 
 
@@ -255,11 +250,12 @@ def _spelling(name: str, items: Any) -> dict[str, Any]:
 def _read_switch(fields: Fields) -> SwitchConfig:
   fields.one_of("dense_act_fn", ("relu",))
   fields.one_of("router_dtype", ("float32",))
-  layers = fields.whole("num_layers", most=MOST_LAYERS)
+  layers, vocabulary = fields.whole("num_layers", most=MOST_LAYERS), fields.whole("vocab_size")
   both = layers, fields.whole("num_decoder_layers", layers, most=MOST_LAYERS)
   encoder, decoder = (_sparse_blocks(fields, stack, n) for stack, n in zip(("encoder", "decoder"), both, strict=True))
   config = SwitchConfig(
-      **{name: fields.whole(name) for name in ("vocab_size", "d_model", "d_kv", "d_ff", "num_heads", "num_experts")},
+      vocab_size=vocabulary,
+      **{name: fields.whole(name) for name in ("d_model", "d_kv", "d_ff", "num_heads", "num_experts")},
       num_layers=both[0],
       num_decoder_layers=both[1],
       expert_capacity=fields.whole("expert_capacity", 64),
@@ -269,9 +265,9 @@ def _read_switch(fields: Fields) -> SwitchConfig:
       relative_attention_max_distance=fields.whole("relative_attention_max_distance", 128),
       layer_norm_epsilon=fields.number("layer_norm_epsilon", 1e-6),
       tie_word_embeddings=fields.flag("tie_word_embeddings", True),
-      decoder_start_token_id=fields.whole("decoder_start_token_id", 0, least=0),
+      decoder_start_token_id=fields.whole("decoder_start_token_id", 0, least=0, most=vocabulary - 1),
       eos_token_id=_ends(fields.get("eos_token_id", 1)),
-      pad_token_id=fields.whole("pad_token_id", 0, least=0),
+      pad_token_id=fields.whole("pad_token_id", 0, least=0, most=vocabulary - 1),
   )
   fields.check_rest("switch_transformers")
   if config.num_experts > MOST_EXPERTS:

@@ -116,19 +116,18 @@ class Fields:
       raise error(name, value, f"supported: {', '.join(map(repr, values))}")
     return value
 
-  def check_rest(self, family: str, known: Collection[str] = ()) -> None:
+  def check_rest(self, family: str) -> None:
     """Looks at the fields that were not asked for.
 
     Args:
       family: for messages.
-      known: fields without effect in this family.
 
     Raises:
       ValueError: a field changes what the model computes, and that is not supported; fields that are merely unknown are
         named in a warning.
     """
     unknown = []
-    for name in sorted(self._values.keys() - self._asked - HARMLESS - set(known)):
+    for name in sorted(self._values.keys() - self._asked - HARMLESS):
       value = self._values[name]
       if name not in NEUTRAL:
         unknown.append(name)

@@ -22,9 +22,9 @@ def size_class(size: int) -> int:
   return max(SMALLEST, 1 << (size - 1).bit_length())
 
 
-def normal(rngs: nnx.Rngs, *shape: int, dtype: jnp.dtype) -> nnx.Param:
-  """A parameter of normal numbers with standard deviation 0.02."""
-  return nnx.Param(0.02 * jax.random.normal(rngs.params(), shape, dtype))
+def normal(rngs: nnx.Rngs, *shape: int, deviation: float = 0.02, dtype: jnp.dtype) -> nnx.Param:
+  """A parameter of normal numbers with this standard deviation."""
+  return nnx.Param(deviation * jax.random.normal(rngs.params(), shape, dtype))
 
 
 def rms_norm(x: jax.Array, weight: nnx.Param, eps: float) -> jax.Array:

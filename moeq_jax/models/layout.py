@@ -1,6 +1,5 @@
 """How the tensors of a checkpoint make up the parameters of a model: every tensor used, every parameter filled."""
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -262,13 +261,3 @@ class Parameters:
     for e in range(count):
       stack[e] = self.expert(parameter, e) if e else first
     return stack
-
-  def nbytes(self, parameters: Iterable[str]) -> int:
-    """Bytes of these parameters as stored."""
-    return sum(self._bytes(parameter) for parameter in parameters)
-
-  def _bytes(self, parameter: str) -> int:
-    source = self.sources[parameter]
-    share = 2 if source.kind in ("gate", "up") else 1
-    sizes = (math.prod(self.tensors[n].shape) * np.dtype(self.tensors[n].dtype).itemsize for n in source.names)
-    return sum(sizes) // share

@@ -72,6 +72,13 @@ def load_balance_loss(routing: Routing) -> jax.Array:
   return experts * jnp.sum(jax.lax.stop_gradient(share) * jnp.mean(jax.nn.softmax(routing.logits, -1), 0))
 
 
+def matmul(rows: jax.Array, weight: nnx.Param, sizes: jax.Array) -> jax.Array:
+  """Rows sorted by expert times the experts' weights: `[R, K]`, array or QTensor `[E, K, N]`, `[E]` int32 -> `[R, N]`,
+  in the dtype of the rows."""
+  value = weight.get_value()
+  return kernels.grouped_matmul(rows, value.astype(rows.dtype) if isinstance(value, jax.Array) else value, sizes)
+
+
 class MoE(nnx.Module):
   """Top-k mixture of SwiGLU experts, with or without an expert that every token shares.
 
@@ -113,17 +120,12 @@ class MoE(nnx.Module):
       order = jnp.argsort(routing.experts.reshape(-1), stable=True)
       inverse = jnp.argsort(order)
     sizes = routing.group_sizes
-
-    def matmul(rows: jax.Array, weight: nnx.Param) -> jax.Array:
-      value = weight.get_value()
-      return kernels.grouped_matmul(rows, value.astype(rows.dtype) if isinstance(value, jax.Array) else value, sizes)
-
     with jax.named_scope("experts"):
       rows = tap("input", permute(jnp.repeat(x, self.top_k, axis=0), order, inverse), sizes)
-      gate, up = tap("gate", matmul(rows, self.gate), sizes), tap("up", matmul(rows, self.up), sizes)
+      gate, up = tap("gate", matmul(rows, self.gate, sizes), sizes), tap("up", matmul(rows, self.up, sizes), sizes)
       mid = tap("mid", jax.nn.silu(gate) * up, sizes)
       weights = permute(routing.weights.reshape(-1), order, inverse).astype(x.dtype)
-      down = tap("down", matmul(mid, self.down), sizes) * weights[:, None]
+      down = tap("down", matmul(mid, self.down, sizes), sizes) * weights[:, None]
     with jax.named_scope("combine"):
       return jnp.sum(permute(down, inverse, order).reshape(*x.shape[:1], self.top_k, -1), axis=1)
 

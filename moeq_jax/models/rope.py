@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Kinds, and what `rope_parameters` must say for each beside the base frequency.
-NEEDED = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-    "yarn": (),
+# Kinds, and what `rope_parameters` must and may say for each beside the base frequency.
+PARAMETERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ("original_max_position_embeddings",)),
+    "yarn": (("factor",), ("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
+                           "mscale_all_dim", "truncate")),
 }
 
 
@@ -61,16 +62,16 @@ class Rope:
       return 1.0
     if (given := options.get("attention_factor")) is not None:
       return float(given)
-    factor, scale, base = self._factor(options), options.get("mscale"), options.get("mscale_all_dim")
+    factor, scale, base = options["factor"], options.get("mscale"), options.get("mscale_all_dim")
     wanted = lambda scale: 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0
     return wanted(scale) / wanted(base) if scale and base else wanted(1)
 
   def _options(self) -> dict[str, Any]:
     options = {"rope_type": "default", "original_max_position_embeddings": self.max_positions} | dict(self.scaling)
     kind = options["rope_type"]
-    if kind not in NEEDED:
-      raise ValueError(f"rope_type {kind!r} is not supported; expected one of {', '.join(NEEDED)}")
-    for name in NEEDED[kind]:
+    if kind not in PARAMETERS:
+      raise ValueError(f"rope_type {kind!r} is not supported; expected one of {', '.join(PARAMETERS)}")
+    for name in PARAMETERS[kind][0]:
       if options.get(name) is None:
         raise ValueError(f"rope_type {kind!r} needs {name}, which rope_parameters lack")
     return options
@@ -81,9 +82,6 @@ class Rope:
     turns = options["original_max_position_embeddings"] * plain / (2 * np.pi)
     kept = np.clip((turns - low) / (high - low), 0, 1)
     return kept * plain + (1 - kept) * plain / options["factor"]
-
-  def _factor(self, options: Mapping[str, Any]) -> float:
-    return options.get("factor") or self.max_positions / options["original_max_position_embeddings"]
 
   def _yarn(self, plain: np.ndarray, options: Mapping[str, Any]) -> np.ndarray:
     """YaRN (Peng et al., section 3.2): as Llama 3, but the blend is linear in the index of the pair."""
@@ -98,7 +96,7 @@ class Rope:
       low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, self.head_dim - 1)
     slowed = np.clip((np.arange(self.head_dim // 2) - low) / (high - low or 0.001), 0, 1)
-    return (1 - slowed) * plain + slowed * plain / self._factor(options)
+    return (1 - slowed) * plain + slowed * plain / options["factor"]
 
 
 def rotate(x: jax.Array, positions: jax.Array, rope: Rope) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Switch Transformer (arXiv 2101.03961): an encoder-decoder of the T5 kind whose sparse blocks send a token to one expert.
+"""Switch Transformer (arXiv 2101.03961): an encoder-decoder like T5 whose sparse blocks send a token to one expert.
 
 The blocks of the encoder come first, then those of the decoder. A state carries both residual streams through all of
 them: blocks of the encoder change `encoder`, those of the decoder `decoder`.
@@ -160,18 +160,18 @@ class Top(nnx.Module):
     c = config
     self.eps, self.tied, self.furthest = c.layer_norm_epsilon, c.tie_word_embeddings, c.relative_attention_max_distance
     self.start, self.pad = c.decoder_start_token_id, c.pad_token_id
-    table = (c.relative_attention_num_buckets, c.num_heads)
 
-    def normal(shape: tuple[int, ...], deviation: float) -> nnx.Param:
-      return nnx.Param(deviation * jax.random.normal(rngs.params(), shape, dtype))
+    def normal(rows: int, columns: int, deviation: float = 1.0) -> nnx.Param:
+      return layers.normal(rngs, rows, columns, deviation=deviation, dtype=dtype)
 
-    self.embedding = normal((c.vocab_size, c.d_model), 1.0)
+    self.embedding = normal(c.vocab_size, c.d_model)
     if c.separate_embeddings:
-      self.encoder_embedding, self.decoder_embedding = (normal((c.vocab_size, c.d_model), 1.0) for _ in range(2))
-    self.encoder_bias, self.decoder_bias = (normal(table, c.d_model**-0.5) for _ in range(2))
+      self.encoder_embedding, self.decoder_embedding = (normal(c.vocab_size, c.d_model) for _ in range(2))
+    self.encoder_bias, self.decoder_bias = (
+        normal(c.relative_attention_num_buckets, c.num_heads, c.d_model**-0.5) for _ in range(2))
     self.norm = nnx.Param(jnp.ones(c.d_model, dtype))
     if not self.tied:
-      self.output = normal((c.vocab_size, c.d_model), 1.0)
+      self.output = normal(c.vocab_size, c.d_model)
 
   def embed(self, batch: Mapping[str, jax.Array], dtype: jnp.dtype) -> State:
     """The state before the first block, for a batch as `batch` (below) makes it.
@@ -252,14 +252,6 @@ def losses(logits: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
   return jnp.where(targets < 0, 0.0, jax.nn.logsumexp(logits, axis=-1) - picked)
 
 
-def _with(block: Block, values: Mapping[str, Any]) -> Block:
-  """A copy of `block` whose MoE parameters in `values` are replaced."""
-  copy = jax.tree.map(lambda leaf: leaf, block)
-  for name, value in values.items():
-    setattr(copy.moe, name, nnx.Param(value))
-  return copy
-
-
 @dataclasses.dataclass(frozen=True)
 class Functions(decoder.Functions):
   """See `decoder.Functions`. States and batches are those of `Top.embed`; losses are `[B, T]`, and 0 at padding.
@@ -299,9 +291,9 @@ def _functions(dtype: jnp.dtype, capacity: str) -> Functions:
       losses=losses,
       sparse=lambda block: hasattr(block, "moe"),
       router=lambda block: block.moe.router.get_value(),
-      with_router=lambda block, router: _with(block, {"router": router}),
+      with_router=lambda block, router: decoder.with_moe(block, {"router": router}),
       experts=lambda block: {name: getattr(block.moe, name).get_value() for name in PROJECTIONS},
-      with_experts=_with,
+      with_experts=decoder.with_moe,
       before=lambda block, state: block.before(state, capacity),
       expert=switch_moe.feed_forward,
       after=lambda block, pending, y: block.after(pending, y),

@@ -10,13 +10,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moeq_jax.kernels import api as kernels
 from moeq_jax.models import layers, moe
 
 
-def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: jnp.dtype) -> nnx.Param:
+def _keeping(rngs: nnx.Rngs, *shape: int, dtype: jnp.dtype) -> nnx.Param:
   """Weights `[..., K, N]` that keep the size of their inputs."""
-  return nnx.Param(shape[-2] ** -0.5 * jax.random.normal(rngs.params(), shape, dtype))
+  return layers.normal(rngs, *shape, deviation=shape[-2] ** -0.5, dtype=dtype)
 
 
 def feed_forward(weights: Mapping[str, jax.Array], rows: jax.Array, tap: layers.Tap = layers.no_tap) -> jax.Array:
@@ -38,8 +37,8 @@ class FeedForward(nnx.Module):
   """The network of a dense block: `up [D, F]`, relu, `down [F, D]`."""
 
   def __init__(self, hidden: int, ffn: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-    self.up = _normal(rngs, (hidden, ffn), dtype)
-    self.down = _normal(rngs, (ffn, hidden), dtype)
+    self.up = _keeping(rngs, hidden, ffn, dtype=dtype)
+    self.down = _keeping(rngs, ffn, hidden, dtype=dtype)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """`[..., D] -> [..., D]`."""
@@ -57,9 +56,9 @@ class SwitchMoE(nnx.Module):
 
   def __init__(self, hidden: int, ffn: int, experts: int, capacity: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
     self.capacity = capacity
-    self.router = nnx.Param(hidden**-0.5 * jax.random.normal(rngs.params(), (experts, hidden), dtype))
-    self.up = _normal(rngs, (experts, hidden, ffn), dtype)
-    self.down = _normal(rngs, (experts, ffn, hidden), dtype)
+    self.router = layers.normal(rngs, experts, hidden, deviation=hidden**-0.5, dtype=dtype)
+    self.up = _keeping(rngs, experts, hidden, ffn, dtype=dtype)
+    self.down = _keeping(rngs, experts, ffn, hidden, dtype=dtype)
 
   def route(self, x: jax.Array, real: jax.Array, *, dropping: bool = True,
             seen: jax.Array | None = None) -> moe.Routing:
@@ -95,14 +94,9 @@ class SwitchMoE(nnx.Module):
       order = jnp.argsort(routing.experts[:, 0], stable=True)
       inverse = jnp.argsort(order)
     sizes = routing.group_sizes
-
-    def matmul(x: jax.Array, weight: nnx.Param) -> jax.Array:
-      value = weight.get_value()
-      return kernels.grouped_matmul(x, value.astype(x.dtype) if isinstance(value, jax.Array) else value, sizes)
-
     with jax.named_scope("experts"):
-      up = tap("up", matmul(tap("input", moe.permute(rows, order, inverse), sizes), self.up), sizes)
-      down = tap("down", matmul(tap("mid", jax.nn.relu(up), sizes), self.down), sizes)
+      up = tap("up", moe.matmul(tap("input", moe.permute(rows, order, inverse), sizes), self.up, sizes), sizes)
+      down = tap("down", moe.matmul(tap("mid", jax.nn.relu(up), sizes), self.down, sizes), sizes)
     with jax.named_scope("combine"):
       return moe.permute(down, inverse, order) * routing.weights.astype(rows.dtype)
 

@@ -57,14 +57,12 @@ class Attention(nnx.Module):
   """Multi-head attention to given keys and values: its own stack's (self) or the encoder's (cross)."""
 
   def __init__(self, hidden: int, heads: int, head_dim: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-    def init(k: int, n: int, deviation: float) -> nnx.Param:
-      return nnx.Param(deviation * jax.random.normal(rngs.params(), (k, n), dtype))
-
-    self.head_dim = head_dim
-    self.q = init(hidden, heads * head_dim, (hidden * head_dim) ** -0.5)  # stands in for the scale of the logits
-    self.k = init(hidden, heads * head_dim, hidden**-0.5)
-    self.v = init(hidden, heads * head_dim, hidden**-0.5)
-    self.o = init(heads * head_dim, hidden, (heads * head_dim) ** -0.5)
+    self.head_dim, wide = head_dim, heads * head_dim
+    self.q = layers.normal(  # its deviation stands in for the scale of the logits
+        rngs, hidden, wide, deviation=(hidden * head_dim) ** -0.5, dtype=dtype)
+    self.k = layers.normal(rngs, hidden, wide, deviation=hidden**-0.5, dtype=dtype)
+    self.v = layers.normal(rngs, hidden, wide, deviation=hidden**-0.5, dtype=dtype)
+    self.o = layers.normal(rngs, wide, hidden, deviation=wide**-0.5, dtype=dtype)
 
   def keys_values(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The keys and values of rows `[B, S, D]`, each `[B, S, H, head_dim]`."""

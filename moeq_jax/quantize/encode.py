@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from moeq_jax import artifacts, codecs, progress, qtensor, steps, user_text
+from moeq_jax import artifacts, codecs, container, progress, qtensor, steps, user_text
 from moeq_jax.encode import stream
 from moeq_jax.export import native
 from moeq_jax.models import convert
@@ -109,11 +109,25 @@ def _layer_key(subject: Subject, job: Job, layer: int, text: user_text.Text | No
 
 
 def _saved(folder: Path, layer: int, key: str) -> dict[str, Any] | None:
-  """The metadata of a layer's file, if it is there and made from what this run reads."""
+  """The metadata of a layer's file, if it is there, whole, and made from what this run reads."""
+  name = native.layer_file(layer)
   meta = native.read_meta(folder, layer)
-  if meta is not None and meta.get("key") != key:
-    log.warning("%s was made from something else: making it again", native.layer_file(layer))
-  return meta if meta is not None and meta.get("key") == key else None
+  if meta is None:
+    return None
+  if meta.get("key") != key:
+    log.warning("%s was made from something else: making it again", name)
+    return None
+  return meta if _whole(folder / name) else None
+
+
+def _whole(path: Path) -> bool:
+  """Whether the tensors in a file are those that were written; looks at their checksums."""
+  try:
+    container.load(path)
+  except container.ContainerError as error:
+    log.warning("%s: making it again", error)
+    return False
+  return True
 
 
 def _make(subject: Subject, job: Job, layer: int, key: str, states: states_lib.States | None) -> dict[str, Any]:
@@ -128,6 +142,8 @@ def _make(subject: Subject, job: Job, layer: int, key: str, states: states_lib.S
     else:
       after, seen = measure.forward_layer(subject, layer, states.at(layer), visit)
       tokens = np.asarray(seen.tokens).tolist()
+      if job.sequential:
+        after = None  # the next layer reads what the quantized one gives
   packed = packing.join_layer([parts.pop(expert) for expert in sorted(parts)]) if parts else {}
   others = subject.source.others(layer)
   meta = {"key": key, "tokens": tokens}
@@ -162,15 +178,15 @@ def finish(subject: Subject, metas: Mapping[int, Mapping[str, Any]], manifest: M
     manifest: JSON-able: codec, plan, source.
   """
   folder, key = directory(subject), subject.key("encoded", {"tensors": "top"})
-  if (native.read_meta(folder, None) or {}).get("key") != key:
+  if (native.read_meta(folder, None) or {}).get("key") != key or not _whole(folder / native.TOP):
     native.save_top(folder, subject.source.others(None), {"key": key})
   made = artifacts.digest([*(metas[layer]["key"] for layer in subject.layers), key, dict(manifest)])
+  files = {path.name: path.read_bytes() for path in room.carried_files(subject.source.directory)}
   try:
     before = native.open(folder)
-    if before.manifest.get("made") == made:
+    if before.manifest.get("made") == made and before.files() == files:
       return before
-  except native.QuantizedError:  # not finished yet
+  except native.QuantizedError:  # not finished yet, or a file beside the layers is damaged
     pass
-  files = {path.name: path.read_bytes() for path in room.carried_files(subject.source.directory)}
   native.finish(folder, files, dict(manifest) | {"layers": len(subject.layers), "made": made})
   return native.open(folder)

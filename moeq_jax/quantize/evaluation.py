@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moeq_jax import artifacts, progress, user_text
+from moeq_jax.calibrate import layerwise
 from moeq_jax.evaluate import perplexity
 from moeq_jax.export import native
 from moeq_jax.models import convert
@@ -82,7 +83,11 @@ def _measured(subject: Subject, text: user_text.Text, name: str, key: str, state
         last = states.at(layer + 1)
         advance()
     read = top()
-    losses = [_losses(subject.functions, read, s, b) for s, b in zip(last, text.batches, strict=True)]
-    return Arrays({"loss": np.concatenate([np.asarray(loss, np.float64) for loss in losses])})
+    losses = [np.asarray(_losses(subject.functions, read, *one), np.float64)
+              for whole in zip(last, text.batches, strict=True) for one in layerwise.sequences(*whole)]
+    if not all(np.isfinite(loss).all() for loss in losses):
+      raise ValueError(f"evaluate {name}: the loss is not finite; the model overflows in {subject.dtype}"
+                       " (config.compute_dtype), or the checkpoint is damaged")
+    return Arrays({"loss": np.concatenate(losses)})
 
   return subject.run.product(f"evaluation/{name}.npz", key, Arrays.load, make).values["loss"]

@@ -4,9 +4,10 @@ They go through the layers one by one, with the weights of one expert in memory.
 saved before the layer's states, so a killed run finds either both or begins that layer again.
 """
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -55,8 +56,22 @@ def text_states(subject: Subject, text: user_text.Text, name: str, *, keep: bool
 
 def forward_layer(subject: Subject, layer: int, states: Sequence[Any],
                   visit: Callable[..., None] | None = None) -> tuple[list[Any], Any]:
-  """One block in full precision, expert by expert: the next states, and who chose which expert."""
-  return layerwise.forward_layer(subject.functions, subject.block(layer), subject.experts(layer), states, visit)
+  """One block in full precision, expert by expert: the next states, and who chose which expert.
+
+  Raises:
+    ValueError: something is not finite; names block and expert.
+  """
+  with _in_block(layer):
+    return layerwise.forward_layer(subject.functions, subject.block(layer), subject.experts(layer), states, visit)
+
+
+@contextlib.contextmanager
+def _in_block(layer: int) -> Iterator[None]:
+  """Says in which block something was not finite."""
+  try:
+    yield
+  except layerwise.NotFiniteError as error:
+    raise ValueError(f"block {layer}: {error}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -79,8 +94,8 @@ def forward(subject: Subject, text: user_text.Text, states: states_lib.States,
         fresh: list[Any] = []
         make = functools.partial(_forward_layer, subject, states, layer, encoding, fresh)
         found[layer] = subject.run.product(f"forward/layer-{layer:05d}.npz", key, Arrays.load, make).values
-        for after in fresh[:1]:
-          states.put(layer + 1, after)
+        if fresh:
+          states.put(layer + 1, fresh.pop())
       advance()
   return found
 
@@ -115,8 +130,9 @@ def backward(subject: Subject, text: user_text.Text, states: states_lib.States) 
 
   def step(place: int, gradients: Sequence[Any]) -> tuple[list[Any], Any]:
     layer = layers[place]
-    return layerwise.backward_layer(subject.functions, subject.block(layer), subject.experts(layer), states.at(layer),
-                                    gradients, [1 / count for count in predicted])
+    with _in_block(layer):
+      return layerwise.backward_layer(subject.functions, subject.block(layer), subject.experts(layer), states.at(layer),
+                                      gradients, [1 / count for count in predicted])
 
   key, found = subject.text_key("backward", {}, text), {}
   gradients = states_lib.States(states.folder.parent / "gradients", key, first, lambda *a: step(*a)[0], keep=False)
@@ -133,7 +149,7 @@ def backward(subject: Subject, text: user_text.Text, states: states_lib.States) 
 
         found[layer] = subject.run.product(f"backward/layer-{layer:05d}.npz", key, Arrays.load, make).values
         if fresh and layer != subject.sparse[0]:
-          gradients.put(place + 1, fresh[0])
+          gradients.put(place + 1, fresh.pop())
       advance()
   gradients.remove()
   return found

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import jax
 import ml_collections
+import numpy as np
 
-from moeq_jax import user_text
+from moeq_jax import artifacts, user_text
 from moeq_jax.allocate import budget as budget_lib
+from moeq_jax.allocate import problem
 from moeq_jax.models import families
 from moeq_jax.quantize import exports, measure
 from moeq_jax.quantize import needs as needs_lib
@@ -74,6 +76,25 @@ def budget(config: ml_collections.ConfigDict, subject: Subject, group: int) -> f
                                      widths=tuple(config.widths))
   except ValueError as error:
     raise ValueError(f"config.memory={config.memory}: {error}") from None
+
+
+def check_plan(config: ml_collections.ConfigDict, subject: Subject, plan: artifacts.Plan, bits: float) -> None:
+  """Looks whether a plan keeps to the bits that `config.memory` allows; tiers round to whole experts.
+
+  Args:
+    config: of the run.
+    subject: the checkpoint.
+    plan: what the method made.
+    bits: what `budget` gave.
+
+  Raises:
+    ValueError: the plan uses more bits, and `config.memory` limits them.
+  """
+  sizes = [math.prod(shape) for shape in measure.projection_shapes(subject).values()]
+  used = problem.average_bits(plan.by_projection(len(sizes)), np.tile(sizes, plan.bits.shape[0] * plan.bits.shape[1]))
+  if config.memory and used > bits:
+    raise ValueError(f"config.memory={config.memory}: {plan.method} takes {used:.4f} bits per expert weight, and"
+                     f" {bits:.4f} fit; take a knapsack, or name the bits (--config.budget) in place of the memory")
 
 
 def quantized_bytes(subject: Subject, bits: float, group: int) -> int:

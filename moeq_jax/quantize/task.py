@@ -61,6 +61,8 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> None:
   with run.timed("plan"):
     ask = opened.subject, config.method, found, plan_inputs(opened, config, found)
     chosen = planning.plan(*ask, opened.budget, config.seed)
+    room.check_plan(config, opened.subject, chosen.plan, opened.budget)
+    exports.check_plan(config.export, chosen.plan.bits)
     constraints = planning.constraint_costs(*ask, chosen.plan)
   with run.timed("encode"):
     bits = chosen.plan.by_projection(len(opened.subject.source.projections))
@@ -94,6 +96,7 @@ def open_run(config: ml_collections.ConfigDict, run: workspace.Workdir) -> Opene
   evaluation_text = read("evaluation") if config.evaluation.sequences else None
   disk = room.disk_needed(subject, config, needs, budget, codec.group, calibration, evaluation_text)
   room.check_disk(run.path, disk)
+  exports.check_source(config.export, subject, codec.group)
   opened = Opened(subject, codec, budget, needs, calibration, evaluation_text)
   print(summary.outlook(opened, disk, evaluation_text is not None), flush=True)
   return opened

@@ -137,6 +137,5 @@ def _unrouted(unrouted: Any) -> list[str]:
     return []
   named = [f"block {layer}, expert {expert}" for layer, expert in unrouted[:MOST_NAMED]]
   more = [f"and {len(unrouted) - MOST_NAMED} more"] if len(unrouted) > MOST_NAMED else []
-  return [f"{len(unrouted)} experts saw no calibration token: {'; '.join(named + more)}."]
-
-
+  count = "1 expert" if len(unrouted) == 1 else f"{len(unrouted)} experts"
+  return [f"{count} saw no calibration token: {'; '.join(named + more)}."]

@@ -59,14 +59,24 @@ def split(weights: Weights, experts: int, top_k: int, seed: int) -> tuple[np.nda
     ValueError: F is not a multiple of E.
   """
   gate = np.asarray(weights["gate"], np.float64)
-  if gate.shape[1] % experts:
-    raise ValueError(f"a network of width {gate.shape[1]} cannot be split into {experts} experts of one size; take a"
-                     " number of experts that divides it")
+  split_width(gate.shape[1], experts)
   directions = (gate / np.maximum(np.linalg.norm(gate, axis=0), 1e-30)).T
   members, centres = cluster(directions, experts, seed)
   router = SHORT * centres / np.maximum(np.linalg.norm(centres, axis=1, keepdims=True), 1e-30)
   parts = {name: np.moveaxis(weights[name][:, members], 1, 0) for name in ("gate", "up")}
   return router.astype(np.float32), parts | {"down": weights["down"][members] * np.float32(top_k)}
+
+
+def split_width(width: int, experts: int) -> int:
+  """The width of each expert that `split` makes of a network of this width.
+
+  Raises:
+    ValueError: the width is not a multiple of the experts.
+  """
+  if width % experts:
+    raise ValueError(f"a network of width {width} cannot be split into {experts} experts of one size; take a number of"
+                     " experts that divides it")
+  return width // experts
 
 
 def cluster(points: np.ndarray, groups: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -77,8 +77,10 @@ def test_the_margin_holds_the_headers_of_a_layer(tmp_path: Path, experts: int):
 
 def test_too_few_bytes_are_refused_with_what_is_needed():
   shapes = [(8, 4096, 14336)] * 2 + [(8, 14336, 4096)]
-  with pytest.raises(ValueError, match=r"0.10 GiB hold no plan.*at 1 bits the model takes 0.21 GiB"):
+  with pytest.raises(ValueError, match=r"0.10 GiB hold no plan.*at width 1 the model takes 0.21 GiB"):
     budget.bits_for_bytes(int(0.1 * 2**30), 0, shapes, 128, widths=WIDTHS)
+  with pytest.raises(ValueError, match=r"0.19 MiB hold no plan.* takes 0.\d\d MiB \(\d{6} bytes\), 0.10 MiB of them"):
+    budget.bits_for_bytes(200_000, 100_000, [(6, 64, 96)] * 6, 64, widths=WIDTHS)
   found = budget.bits_for_bytes(2**29, 0, shapes, 128, widths=WIDTHS)
   weights = sum(e * k * n for e, k, n in shapes)
   assert found == pytest.approx(8 * 2**29 / weights - 0.25, abs=2e-3)

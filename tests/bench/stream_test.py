@@ -82,7 +82,7 @@ def test_a_full_disk_and_failed_processes_are_errors(tmp_path: Path, monkeypatch
   with pytest.raises(RuntimeError, match="status 3\nwhy"):
     stream.child(["sh", "-c", "echo why; exit 3"])
   printed, seconds, peak = stream.child(["sh", "-c", "echo $JAX_COMPILATION_CACHE_DIR; echo last"])
-  assert printed == "\nlast\n" and seconds > 0 and 0 < peak < 1
+  assert printed == "\nlast\n" and seconds > 0 and peak > 0
   monkeypatch.setattr(stream.shutil, "disk_usage", lambda path: type("usage", (), {"free": 10}))
   with pytest.raises(OSError, match="the benchmark takes .* GB of disk; make room"):
     stream.run(directory=str(tmp_path), shrink=32)

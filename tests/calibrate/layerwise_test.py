@@ -208,6 +208,28 @@ def test_outputs_that_overflow_are_refused_by_name():
     layerwise.forward_layer(functions, block, experts, passed().inputs[0])
 
 
+def test_a_state_that_is_not_finite_is_refused_and_its_rows_are_not_dropped():
+  functions, block = tiny.functions(), tiny.model().blocks[0]
+  state = np.array(passed().inputs[0][0])
+  state[1, 2] = np.inf
+  for sweep in (lambda: layerwise.forward_layer(functions, block, loader(functions, block), [state]),
+                lambda: layerwise.backward_layer(functions, block, loader(functions, block), [state], [state], 1.0)):
+    with pytest.raises(layerwise.NotFiniteError, match="a routing weight is not finite"):
+      sweep()
+
+
+def test_the_head_sees_one_sequence_at_a_time(monkeypatch: pytest.MonkeyPatch):
+  functions, top, batch = tiny.functions(), tiny.model().top, tiny.tokens(1)[0]
+  state = jnp.asarray(passed().inputs[-1][0])
+  loss, expected = statistics.head(functions, top, state, batch)[:2]
+  head, seen = statistics.head, []
+  monkeypatch.setattr(statistics, "head", lambda *a: seen.append(a[3].shape) or head(*a))
+  ours = layerwise.head_gradients(functions, top, state, batch)
+  assert seen == [(1, tiny.LENGTH)] * len(batch)
+  assert_close(ours[1], expected, 1e-5)
+  assert float(ours[0]) == pytest.approx(float(loss), rel=1e-6)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Switch Transformer: a state of several streams, tokens dropped, blocks without experts, a norm after the experts
 # ---------------------------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ def test_a_perfect_scorer_is_always_right():
   asked = questions.read("openbookqa", 50)
   right = {(q.context, q.choices[q.gold]) for q in asked}
   scorer = text.Scorer(
-      encode=lambda part, special: [part.strip()], prefix="", length=10, joint=False,
+      encode=lambda part, special: [part.strip()], prefix=str, length=10, joint=False,
       loglikelihoods=lambda pairs: [(0.0 if (a[0], b[0]) in right else -1.0, True) for a, b in pairs])
   assert tasks.accuracy(tasks.score(asked, scorer))["acc"] == tasks.Estimate(1.0, 0.0)
 

@@ -42,4 +42,4 @@ def loglikelihoods(pairs: Sequence[text.Pair]) -> list[tuple[float, bool]]:
 
 
 def scorer(length: int = 1000) -> text.Scorer:
-  return text.Scorer(lambda part, special: encode(part), loglikelihoods, PREFIX, length)
+  return text.Scorer(lambda part, special: encode(part), loglikelihoods, lambda: PREFIX, length)

@@ -1,7 +1,9 @@
 """What the checks share: the project's own Python, which runs our side, and Hugging Face's libraries kept offline."""
 
+import atexit
 import json
 import os
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -11,8 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+HOME = tempfile.mkdtemp(prefix="interop-hf-")
+atexit.register(shutil.rmtree, HOME, ignore_errors=True)
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1",
-               "HF_HOME": tempfile.mkdtemp(prefix="interop-hf-"), "TOKENIZERS_PARALLELISM": "false"}
+               "HF_HOME": HOME, "TOKENIZERS_PARALLELISM": "false"}
+SECONDS = 600  # that our side may take at most
 ROOT = Path(__file__).resolve().parents[2]
 Ours = Callable[..., tuple[list[Any], dict[str, np.ndarray]]]
 
@@ -39,7 +44,7 @@ def ours(project_python: str) -> Ours:
       (place / "jobs.json").write_text(json.dumps(jobs, default=str))
       np.savez(place / "given.npz", **arrays)
       done = subprocess.run([project_python, "-P", str(Path(__file__).with_name("ours.py")), folder], check=False,
-                            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=SECONDS,
                             env=os.environ | {"PYTHONPATH": str(ROOT)})
       assert done.returncode == 0, done.stdout
       with np.load(place / "left.npz") as left:

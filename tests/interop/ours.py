@@ -4,6 +4,8 @@ A job is `{"do": name, ...}`; arrays come from FOLDER/given.npz and go to FOLDER
 JSON holds goes to FOLDER/answers.json, one answer a job.
 """
 
+import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Callable
@@ -39,7 +41,7 @@ def logits(job: dict[str, Any], given: Arrays, left: Arrays) -> None:
 
 def generate(job: dict[str, Any], given: Arrays, left: Arrays) -> list[list[int]]:
   """`prompts` -> `new` greedy tokens of each, whatever would end them."""
-  opened = language_model.dataclasses.replace(model(job), ends=())
+  opened = dataclasses.replace(model(job), ends=())
   return opened.generate(job["prompts"], job["new"])
 
 
@@ -90,11 +92,18 @@ def upcycle(job: dict[str, Any], given: Arrays, left: Arrays) -> None:
   upcycling.command(job["arguments"])
 
 
+@functools.cache
+def encoder(spec: str) -> tuple[codecs.Codec, Callable[..., Any]]:
+  """A codec, and its `encode` compiled, once for all jobs."""
+  codec = codecs.get(spec)
+  return codec, jax.jit(codec.encode)
+
+
 def export(job: dict[str, Any], given: Arrays, left: Arrays) -> None:
   """Quantizes to the `bits` of every MoE layer, expert and projection, by `codec`; writes to directory `to`: native,
   hf, and ct in each of `widths` (null: as planned). Leaves the experts' weights as the model runs with them."""
-  source, codec, to = convert.open_checkpoint(job["checkpoint"]), codecs.get(job["codec"]), Path(job["to"])
-  encode, packed = jax.jit(codec.encode), [{} for _ in range(source.layers)]
+  source, (codec, encode), to = convert.open_checkpoint(job["checkpoint"]), encoder(job["codec"]), Path(job["to"])
+  packed = [{} for _ in range(source.layers)]
   called = lambda l, e, projection: names.expert_names(source.config, l, e)[projection]
   for layer, bits in zip(source.sparse_layers, np.array(job["bits"], np.int32), strict=True):
     experts = [source.expert(layer, e) for e in range(source.experts)]

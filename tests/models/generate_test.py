@@ -96,8 +96,14 @@ def test_draws_follow_from_the_seed_the_row_and_nothing_else():
   assert run(temperature=1.5, seed=3, max_new_tokens=2) == [row[:2] for row in drawn]
 
 
-def test_a_low_temperature_takes_the_most_probable_token():
-  assert run(temperature=1e-4, seed=1) == greedy()
+@pytest.mark.parametrize("temperature", [1e-4, 1e-30, 1e-38, 1e-300])
+def test_a_low_temperature_takes_the_most_probable_token(temperature: float):
+  assert run(temperature=temperature, seed=1) == greedy()
+
+
+@pytest.mark.parametrize("seed", [-(2**63), -1, 2**63 - 1])
+def test_any_seed_of_64_bits_will_do(seed: int):
+  assert run(temperature=1.5, seed=seed) == run(temperature=1.5, seed=seed) != greedy()
 
 
 def test_tokens_are_drawn_with_their_probabilities():
@@ -159,6 +165,7 @@ def test_no_prompts_give_no_rows():
     ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0"),
     ([[1]], {"temperature": -0.5}, "temperature=-0.5"),
     ([[1]], {"temperature": float("nan")}, "temperature=nan"),
+    ([[1]], {"seed": 2**63}, "seed=9223372036854775808: a whole number of 64 bits"),
 ])
 def test_arguments_that_make_no_sense_are_named(prompts: list[list[int]], options: dict, said: str):
   with pytest.raises(generate.GenerationError, match=said):

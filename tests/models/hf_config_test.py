@@ -217,6 +217,8 @@ def test_windows_by_layer_types():
     ("olmoe", {"clip_qkv": -1}, "clip_qkv is -1"),
     ("switch", {"encoder_sparse_step": 4}, "encoder_sparse_step is 4; num_sparse_encoder_layers 2 of 4 layers"),
     ("switch", {"eos_token_id": "</s>"}, "eos_token_id is '</s>'"),
+    ("switch", {"decoder_start_token_id": 64}, "decoder_start_token_id is 64; a whole number is needed, from 0 to 63"),
+    ("switch", {"pad_token_id": 64}, "pad_token_id is 64; a whole number is needed, from 0 to 63"),
     ("switch", {"relative_attention_max_distance": 16}, "relative_attention_max_distance is 16"),
 ])
 def test_fields_that_contradict_or_cannot_be(name: str, changes: dict[str, Any], said: str):
@@ -230,6 +232,7 @@ def test_fields_that_contradict_or_cannot_be(name: str, changes: dict[str, Any],
     ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type of rope_scaling is 'dynamic'; supported"),
     ({"rope_parameters": {"rope_type": "linear", "type": "yarn", "factor": 2.0}}, "rope_type of rope_parameters"),
     ({"rope_parameters": {"rope_type": "linear"}}, "factor is missing"),
+    ({"rope_parameters": {"rope_type": "yarn", "factor": None}}, "factor is missing"),
     ({"rope_parameters": {"rope_type": "default", "factor": 2.0}}, "factor does not belong there"),
     ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0}}, "high_freq_factor is miss"),
     ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "one set of parameters for all layers"),

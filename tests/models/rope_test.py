@@ -120,7 +120,6 @@ def test_scaled_frequencies_stay_between_kept_and_slowed(kind: str, half: int, t
 @pytest.mark.parametrize(("options", "amplitude"), [
     ({}, 0.1 * np.log(4) + 1),
     ({"factor": 0.5}, 1),
-    ({"factor": None}, 0.1 * np.log(512 / 64) + 1),
     ({"attention_factor": 1.25}, 1.25),
     ({"mscale": 1.0, "mscale_all_dim": 0.5}, (0.1 * np.log(4) + 1) / (0.05 * np.log(4) + 1)),
     ({"mscale": 0.7}, 0.1 * np.log(4) + 1),
@@ -137,6 +136,7 @@ def test_the_context_before_scaling_is_by_default_that_of_the_config():
 @pytest.mark.parametrize(("options", "said"), [
     ({"rope_type": "longrope"}, "rope_type 'longrope' is not supported; expected one of default, linear, llama3, yarn"),
     ({"rope_type": "linear"}, "rope_type 'linear' needs factor"),
+    ({**YARN, "factor": None}, "rope_type 'yarn' needs factor"),
     ({**LLAMA3, "low_freq_factor": None}, "rope_type 'llama3' needs low_freq_factor"),
 ])
 def test_kinds_that_cannot_be_computed_are_named(options: dict, said: str):

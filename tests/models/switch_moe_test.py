@@ -72,7 +72,10 @@ def test_the_block_and_its_gradients_are_those_of_the_dense_formula(dropping: bo
 
   @functools.partial(jax.jit, static_argnums=2)
   def run(moe, x, dropping):
-    loss = lambda moe, x: (jnp.sum((out := apply(moe, x, jnp.asarray(real), dropping=dropping))[0] * jnp.float32(pull)), out)
+    def loss(moe, x):
+      out = apply(moe, x, jnp.asarray(real), dropping=dropping)
+      return jnp.sum(out[0] * jnp.float32(pull)), out
+
     return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(moe, x)
 
   (_, (found, routing)), (ours, dx) = run(module(), x, dropping)

@@ -1,5 +1,7 @@
 """Streaming measures what calibration and encoding in memory measure."""
 
+import dataclasses
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +73,33 @@ def test_errors_on_the_way_and_without_text_are_the_same(opened: subject.Subject
     assert np.array_equal(getattr(alone, name), getattr(measured[1], name))
   assert np.array_equal(fused.output, measured[1].output)
   assert fused.fisher is alone.fisher is alone.output is None
+
+
+def test_the_forward_sweep_lets_go_of_the_states_that_it_wrote(opened: subject.Subject, text: user_text.Text,
+                                                              tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+  forward_layer, alive, given = measure.forward_layer, [], []
+
+  def watched(*args):
+    alive.append(sum(array() is not None for array in given))
+    after, seen = forward_layer(*args)
+    given.extend(map(weakref.ref, after))
+    return after, seen
+
+  monkeypatch.setattr(measure, "forward_layer", watched)
+  elsewhere = dataclasses.replace(opened, run=workspace.Workdir(tmp_path))
+  measure.forward(elsewhere, text, measure.text_states(elsewhere, text, "states", keep=False), None)
+  assert alive == [0, 0]
+
+
+@pytest.mark.parametrize(("sweep", "block"), [("forward", 0), ("backward", 1)])
+def test_what_is_not_finite_is_named_with_its_block(opened: subject.Subject, text: user_text.Text, tmp_path: Path,
+                                                    sweep: str, block: int):
+  elsewhere = dataclasses.replace(opened, run=workspace.Workdir(tmp_path))
+  states = measure.text_states(elsewhere, text, "states", keep=True)
+  states.at(2)
+  states.put(block, [np.full_like(state, np.inf) for state in states.at(block)])
+  with pytest.raises(ValueError, match=f"block {block}: a routing weight is not finite"):
+    getattr(measure, sweep)(elsewhere, text, states, *[None] * (sweep == "forward"))
 
 
 def test_experts_are_read_from_disk_a_projection_at_a_time(opened: subject.Subject):

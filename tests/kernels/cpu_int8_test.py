@@ -1,0 +1,64 @@
+"""Activations in 8 bits: against the same rounding in float64, near the exact product, and only when asked for."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moeq_jax.kernels import api, cpu_int8, shapes
+from tests import conformance
+
+
+def rounded(x: np.ndarray, size: int) -> np.ndarray:
+  """`[T, K]` float64: rows as 8-bit codes times a scale for every `size` inputs."""
+  groups = np.pad(x, ((0, 0), (0, -x.shape[1] % size))).reshape(len(x), -1, size)
+  scale = np.abs(groups).max(axis=-1, keepdims=True) / np.float32(127)
+  return (np.round(groups / np.where(scale > 0, scale, 1)) * np.float64(scale)).reshape(len(x), -1)[:, : x.shape[1]]
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize(("shape", "group"), [((6, 128, 192), 64), ((4, 192, 40), 32), ((3, 100, 65), 0),
+                                              ((5, 576, 64), 128)])
+def test_the_product_is_that_of_the_rounded_rows(shape: tuple[int, int, int], group: int, rows: int):
+  bits = conformance.mixed(shape[0])
+  made = conformance.packed(bits, shape, group=group)
+  x, sizes = conformance.rows(rows, shape[1]), shapes.group_sizes("zipf", rows, shape[0])
+  x[0, :64] = 0
+  y = jax.jit(lambda x: api.grouped_matmul(x, made.q, sizes, activations="int8"))(x)
+  owner = np.repeat(bits, sizes)[:, None]
+  wanted = np.where(owner == 16, x, rounded(x, group or cpu_int8.ONE_GROUP))
+  assert conformance.difference(y, conformance.expected(wanted, made.values, sizes)) < 1e-5
+  assert conformance.difference(y, conformance.expected(x, made.values, sizes)) < 2e-2
+
+
+def test_blocks_of_their_own_widths():
+  bits = np.array([[[1, 8], [3, 16]], [[4, 2], [2, 1]]])
+  made = conformance.packed(bits, (2, 256, 64), group=64)
+  x, sizes = conformance.rows(9, 256), np.array([4, 5], np.int32)
+  y = api.grouped_matmul(x, made.q, sizes, activations="int8")
+  assert conformance.difference(y, conformance.expected(x, made.values, sizes)) < 2e-2
+
+
+def test_many_rows_and_gradients_are_exact():
+  made = conformance.packed(2, (2, 64, 64))
+  x, sizes = conformance.rows(100, 64), np.array([60, 40], np.int32)
+  run = lambda activations: jax.vjp(lambda x: api.grouped_matmul(x, made.q, sizes, activations=activations), x)
+  (y, pull), (exact, exact_pull) = run("int8"), run("exact")
+  np.testing.assert_array_equal(y, exact)
+  few = jnp.asarray(x[:4]), jnp.array([3, 1])
+  grad = lambda kind: jax.grad(lambda x: jnp.sum(api.grouped_matmul(x, made.q, few[1], activations=kind)))(few[0])
+  np.testing.assert_array_equal(grad("int8"), grad("exact"))
+  np.testing.assert_array_equal(pull(exact)[0], exact_pull(exact)[0])
+
+
+def test_it_is_never_chosen_unasked_and_says_what_it_cannot_do():
+  q = conformance.packed(2, (2, 64, 64)).q
+  x, sizes = conformance.rows(4, 64), np.array([2, 2], np.int32)
+  assert api.choose(x, q, device="cpu") == "cpu"
+  assert api.choose(x, q, device="cpu", activations="int8") == "cpu_int8"
+  with pytest.raises(ValueError, match="8 bits are for CPUs, and the device is 'gpu'"):
+    api.choose(x, q, device="gpu", activations="int8")
+  with pytest.raises(ValueError, match="need packed weights"):
+    api.grouped_matmul(x, jnp.ones((2, 64, 64)), sizes, activations="int8")
+  with pytest.raises(ValueError, match="activations='int4' is not one of"):
+    api.grouped_matmul(x, q, sizes, activations="int4")
