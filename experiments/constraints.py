@@ -1,11 +1,12 @@
 """What does it cost that a file or a kernel wants one width for several matrices?
 
 Claim under test: most of what mixed precision wins is in the choice between experts. Widths of their own for the
-projections of an expert add little; one width for all experts of a layer loses most of it.
+projections of an expert add little; one width for all experts of a layer loses most of it. On moeq-small it holds
+(experiments/LOG.md, 2026-11-23).
 
 Command:   ./launch.sh run --config=experiments/constraints.py --workdir=runs/constraints
 Hardware:  2 CPU cores, 3 GiB
-Expected:  about three minutes; runs/constraints/report.html, section "What deployability costs"
+Expected:  about five minutes; runs/constraints/report.html, section "What deployability costs"
 Options:   as in configs/quickstart.py
 """
 
