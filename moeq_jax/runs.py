@@ -160,8 +160,14 @@ def command(config: config_dict.ConfigDict) -> str:
   """The command that makes a run of `config` again: its file and every field that differs from the file's default."""
   default = _leaves(load_config(config.file).to_dict())
   changed = {name: value for name, value in _leaves(config.to_dict()).items() if default.get(name, ...) != value}
-  overrides = [shlex.quote(f"--config.{name}={value}") for name, value in changed.items()]
+  overrides = [_quoted(f"--config.{name}={value}") for name, value in changed.items()]
   return " ".join(["./launch.sh run", f"--config={config.file}", *overrides, "--workdir=DIR"])
+
+
+def _quoted(argument: str) -> str:
+  """An argument for a shell; in double quotes if it has single ones and nothing that a shell reads inside them."""
+  plain = "'" in argument and not set(argument) & set('"$`\\!')
+  return f'"{argument}"' if plain else shlex.quote(argument)
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

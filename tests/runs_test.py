@@ -1,5 +1,6 @@
 import json
 import os
+import shlex
 from pathlib import Path
 
 import pytest
@@ -220,3 +221,9 @@ def test_a_sweep_that_cannot_run_is_refused_before_anything_runs(
   with pytest.raises(runs.UsageError, match=said):
     runs.sweep(str(tmp_path / "odd.py"), ["--config.lr", "2"], tmp_path / "out")
   assert not ran
+
+
+def test_the_command_is_one_that_a_shell_reads_back():
+  for text in ("--config.export=('hf',)", "--config.codec=rtn(group=64)", "--config.checkpoint=a b'c$d", "--config.x='\"`"):
+    assert shlex.split(runs._quoted(text)) == [text]
+  assert runs._quoted("--config.export=('hf',)") == "\"--config.export=('hf',)\""
