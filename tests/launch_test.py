@@ -44,6 +44,7 @@ class Project:
     (self.root / "requirements-assets.txt").write_text("two==2\n")
     (self.root / "requirements-interop.txt").write_text("torch==1\n")
     (self.root / "requirements-interop-assets.txt").write_text("model==1\n")
+    (self.root / "requirements-aot.txt").write_text("compiler==1\n")
     self.environment = {"PATH": f"{self.tools}:/usr/bin:/bin", "HOME": str(folder), "LOG": str(self.log),
                         "PYTHONPATH": "elsewhere"}
     for name in ("python3.13", "python3.12", "python3.11", "python3"):  # none of the machine's own is found
@@ -210,7 +211,12 @@ def test_interop_runs_its_checks_in_an_environment_of_its_own(project: Project, 
   project.add("python3.11", version="3, 11")
   status, out, _ = project.launch("interop", "-k", "a or b", cwd=tmp_path)
   ours = f"--project-python={project.root}/.venv/bin/python"
-  assert (status, out) == (0, f"{project.root}|{project.root}|-m pytest -c tests/interop/pytest.ini {ours} -k a or b")
+  run = f"{project.root}|{project.root}|-m pytest -c tests/interop/pytest.ini {ours}"
+  assert (status, out) == (0, f"{run} -k a or b tests/interop")
+  (project.root / "tests" / "interop").mkdir(parents=True)
+  (project.root / "tests" / "interop" / "x_check.py").touch()
+  assert project.launch("interop", "tests/interop/x_check.py::test_a")[1] == f"{run} tests/interop/x_check.py::test_a"
+  assert project.launch("interop")[1] == f"{run} tests/interop"
   assert project.made() == installed(project) + interop(project)
   assert project.launch("interop", STATUS="1")[0] == 1
   assert project.made() == installed(project) + interop(project)
@@ -271,3 +277,36 @@ def test_no_check_of_interop_is_an_ordinary_test():
   checks = [path.name for path in (ROOT / "tests" / "interop").glob("*.py")]
   assert any(name.endswith("_check.py") for name in checks)
   assert not [name for name in checks if name.endswith("_test.py")]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The TPU compiler
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def compiler(project: Project, version: str = "3, 12") -> list[str]:
+  return installed(project, version, "requirements-aot")[:2]
+
+
+def test_aot_runs_the_projects_own_interpreter_which_finds_the_compiler(project: Project, tmp_path: Path):
+  project.add("python3.12")
+  found = f"{project.root}:{project.root}/.venv-aot/lib/python3.*/site-packages"  # nothing is installed: it stays a *
+  status, out, _ = project.launch("aot", "-k", "a or b", cwd=tmp_path)
+  assert (status, out) == (0, f"{project.root}|{found}|-m pytest tests/aot -k a or b")
+  assert project.made() == installed(project) + compiler(project)
+  status, out, _ = project.launch("bench", "kernels_tpu_static", "--rows=8", cwd=tmp_path)
+  assert (status, out) == (0, f"{tmp_path}|{found}|-P -m moeq_jax.main bench kernels_tpu_static --rows=8")
+  assert project.launch("bench", "allocate")[1].split("|")[1] == str(project.root)
+  assert len(project.made()) == 5
+  (project.root / "requirements-aot.txt").write_text("compiler==2\n")
+  assert project.launch("aot")[0] == 0
+  assert project.made()[5:] == compiler(project)
+
+
+def test_the_compiler_is_installed_for_the_version_of_the_project(project: Project):
+  project.add("python3.12")
+  project.launch("aot")
+  project.add("python3.12", version="3, 13")
+  shutil.copy(project.tools / "python3.12", project.root / ".venv" / "bin" / "python")
+  assert project.launch("aot")[0] == 0
+  assert project.made()[5:] == installed(project, "3, 13") + compiler(project, "3, 13")

@@ -110,7 +110,7 @@ def test_every_path_exists():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_exists(command: str):
   name, *arguments = [*shlex.split(command)[1:], ""] if " " in command else ["quickstart"]
-  assert name in (*main.COMMANDS, "test", "interop")
+  assert name in (*main.COMMANDS, "test", "interop", "aot")
   if name == "bench":
     assert arguments[0] in main.bench_names()
   configs = [a.removeprefix("--config=") for a in arguments if a.startswith("--config=configs/")]

@@ -1,6 +1,6 @@
 """The grouped matmul of packed experts beside its peers: the table of the machine that this runs on.
 
-On a CPU: packed weights at several widths, exact and with activations in 8 bits, against a loop over experts with dense
+On a GPU that of `kernels_gpu`. On a CPU: packed weights at several widths, exact and with activations in 8 bits, against a loop over experts with dense
 bfloat16 weights (the strongest peer of the same program), `lax.ragged_dot`, and numpy with dequantized float32 weights.
 They are timed in turn, round after round, so that other load on the machine meets them alike; numpy in rounds of its own,
 because the threads of its BLAS keep the cores busy for a while after each product, and `lax.ragged_dot` in fewer, because
@@ -74,7 +74,11 @@ def run(rounds: int = 9, routing: str = "uniform") -> dict[str, Any]:
   Raises:
     ValueError: no benchmark for this kind of device.
   """
-  if (device := jax.default_backend()) != "cpu":
+  if (device := jax.default_backend()) == "gpu":
+    from moeq_jax.bench import kernels_gpu  # what it imports takes a second
+
+    return kernels_gpu.run(routing=routing)
+  if device != "cpu":
     raise ValueError(f"bench kernels: there is no table for a {device}; set JAX_PLATFORMS=cpu for that of the CPU")
   ceilings, results = _ceilings(rounds), []
   with progress.bar("kernels", len(MATMULS) * len(WIDTHS) * len(ROWS)) as advance:

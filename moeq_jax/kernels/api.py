@@ -6,6 +6,7 @@ while lowering under `jit` could not be caught. A back-end asked for by name eit
 
 import dataclasses
 import functools
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -29,16 +30,28 @@ class Backend:
     forward: `(x, w, group_sizes, out_dtype) -> y`.
     backward: `(x, w, group_sizes, dy) -> (dx, dw)`; `dw` is None for packed weights.
     activations: which of `ACTIVATIONS` it computes with.
+    proven: whether it has run on the device that it is made for; until then it is taken only when asked for by name.
   """
 
   supports: Callable[[tuple[int, int, int, int], tuple[jnp.dtype, jnp.dtype | None], str], str | None]
   forward: Callable[[jax.Array, Weights, jax.Array, jnp.dtype], jax.Array]
   backward: Callable[[jax.Array, Weights, jax.Array, jax.Array], tuple[jax.Array, jax.Array | None]]
   activations: str = "exact"
+  proven: bool = True
+
+
+def _late(module: str) -> list[Callable[..., Any]]:
+  """`supports`, `forward`, `backward` of a module that is imported when one of them is called: Pallas takes a second."""
+  def function(name: str) -> Callable[..., Any]:
+    return lambda *args, **kwargs: getattr(importlib.import_module(f"moeq_jax.kernels.{module}"), name)(*args, **kwargs)
+
+  return [function(name) for name in ("supports", "forward", "backward")]
 
 
 ACTIVATIONS = ("exact", "int8")
 BACKENDS = {  # in order of preference
+  "pallas_tpu": Backend(*_late("pallas_tpu"), proven=False),
+  "pallas_gpu": Backend(*_late("pallas_gpu"), proven=False),
   "cpu": Backend(cpu.supports, cpu.forward, cpu.backward),
   "cpu_int8": Backend(cpu_int8.supports, cpu_int8.forward, cpu_int8.backward, "int8"),
   "reference": Backend(reference.supports, reference.forward, reference.backward),
@@ -62,7 +75,7 @@ def grouped_matmul(
       float32 rows, bfloat16 weights with float32 accumulation for bfloat16 rows.
     w: `[E, K, N]` array or QTensor. Inside `shard_map` a QTensor holds one shard.
     group_sizes: `[E]` int32, rows of each expert, zero allowed; they sum to T.
-    backend: a name in `BACKENDS`; by default the first that takes the problem.
+    backend: a name in `BACKENDS`; by default the first proven one that takes the problem.
     out_dtype: float32 or bfloat16; by default that of x.
     activations: `"exact"`, or `"int8"`: rows are quantized to 8 bits where there are few (about half a percent of the
       output's norm is lost; the gradient is that of the exact product). Never used unless asked for.
@@ -109,7 +122,7 @@ def choose(x: jax.Array, w: Weights, backend: str | None = None, device: str | N
     raise ValueError(f"grouped_matmul: activations={activations!r} is not one of {ACTIVATIONS}")
   dtypes = x.dtype, None if isinstance(w, QTensor) else w.dtype
   shape, reasons = (x.shape[0], *w.shape), []
-  for name in [backend] if backend else (n for n, b in BACKENDS.items() if b.activations == activations):
+  for name in [backend] if backend else (n for n, b in BACKENDS.items() if b.proven and b.activations == activations):
     reason = BACKENDS[name].supports(shape, dtypes, device or jax.default_backend())
     if reason is None:
       return name

@@ -30,6 +30,13 @@ def test_the_first_backend_that_supports_is_chosen():
   assert api.choose(X, W, device="gpu") == "cpu"
 
 
+def test_what_has_not_run_on_its_device_is_taken_only_by_name():
+  q = conformance.packed(2, (3, 256, 128)).q
+  x = jnp.ones((8, 256), jnp.bfloat16)
+  assert api.choose(x, q, device="tpu") == "reference"
+  assert api.choose(x, q, backend="pallas_tpu", device="tpu") == "pallas_tpu"
+
+
 def test_a_named_backend_that_does_not_support_fails_with_its_reason():
   with pytest.raises(ValueError, match="cpu: packed weights are unpacked in a loop made for CPUs"):
     api.choose(X, conformance.packed(2, (3, 64, 16)).q, backend="cpu", device="gpu")

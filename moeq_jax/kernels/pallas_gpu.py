@@ -1,0 +1,153 @@
+"""The grouped matmul for Hopper GPUs, in Pallas' Mosaic GPU dialect: packed weights of any mix of widths, one launch.
+
+**Not yet run on hardware.** What stands behind it: Pallas' GPU interpreter with race detection (with the weights as
+shared-memory operand, since the interpreter has no wgmma with a register operand), and compilation to PTX and by ptxas
+for sm_90a without spills. Timings do not exist; sizes in `heuristic` are estimates. docs/kernels.md has the diagrams.
+
+Rows are sorted by expert; each expert's rows are cut into tasks of at most `Config.rows` rows, gathered into a padded
+array, multiplied by `gpu_kernel.call`, and gathered back: a padded row has a place of its own and is never read.
+float32 rows are cut into three bfloat16 parts that sum to them exactly (24 bits of mantissa), which become three rows;
+codes are exact in bfloat16 and scales are applied after the product in float32, so the result is float32 too.
+
+Ideas: weights as the register operand with rows as N of wgmma, tokamax's quantized ragged dot for sm90; masks instead
+of shifts and planar bytes, docs/kernels.md. Plain arrays go through `ragged.py`, and the gradient in x through the
+plain loop of `cpu.py`: both are XLA, on any device.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from moeq_jax.kernels import cpu, gpu_kernel, gpu_view, ragged
+from moeq_jax.kernels.gpu_kernel import Config
+from moeq_jax.kernels.gpu_view import HopperWeights, prepare
+from moeq_jax.qtensor import QTensor
+
+__all__ = ["Config", "HopperWeights", "backward", "forward", "heuristic", "prepare", "shared_bytes", "supports"]
+
+SHARED_BYTES = 227 * 1024  # of one block, on Hopper
+MULTIPROCESSORS = 132  # of an H100 SXM or H200
+HOPPER = ("H100", "H200", "H800", "H20", "GH200")
+
+
+def supports(shape: tuple[int, int, int, int], dtypes: tuple[jnp.dtype, jnp.dtype | None], device: str) -> str | None:
+  """The reason why this back-end does not take a matmul `(T, E, K, N)`, or None.
+
+  Args:
+    shape: `(T, E, K, N)`.
+    dtypes: of x, and of w or None if w is packed.
+    device: platform (`"gpu"`: the kind is that of the first device) or kind of device. Where an abstract mesh with an
+      abstract device is set, as for ahead-of-time compilation and the interpreter, that device counts instead.
+  """
+  if shape[0] == 0:
+    return "there are no rows"
+  kind = _device_kind(device)
+  if not any(name in kind.upper().replace("-", " ").split() for name in HOPPER):
+    return f"the kernel is for Hopper GPUs ({', '.join(HOPPER)}), and the device is {kind!r}"
+  if dtypes[1] is not None:
+    return None
+  if dtypes[0] not in (jnp.float32, jnp.bfloat16):
+    return f"rows are {dtypes[0]}; it takes float32 and bfloat16"
+  return None
+
+
+def _device_kind(device: str) -> str:
+  abstract = jax.sharding.get_abstract_mesh().abstract_device
+  if abstract is not None:
+    return abstract.device_kind
+  if device not in ("gpu", "cuda"):
+    return device
+  try:
+    return jax.local_devices(backend="gpu")[0].device_kind
+  except RuntimeError:  # jax sees none
+    return device
+
+
+def heuristic(rows: int, experts: int, steps: int, tiles: int, exact: bool = False) -> Config:
+  """Sizes of a launch, by estimate: nothing here was tuned on hardware.
+
+  Args:
+    rows: T.
+    experts: E.
+    steps: steps of the kernel along K.
+    tiles: tiles of 128 columns.
+    exact: whether scales must be applied in float32, after the product.
+
+  A task has the rows of an average busy expert, rounded up to a power of two between 8 and 128. Up to 32 rows scales
+  come after the product. K is cut until there are about two blocks per multiprocessor, but never below four steps.
+  """
+  busy = min(rows, experts)
+  tile = min(128, max(8, 1 << (-(-rows // busy) - 1).bit_length()))
+  after = exact or tile <= 32
+  tile = min(tile, 64) if after else tile
+  blocks = tiles * max(busy, rows // tile)
+  splits = max(1, min(8, steps // 4, 2 * MULTIPROCESSORS // blocks))
+  few = tile <= 16
+  return Config(rows=tile, splits=splits, scale="after" if after else "before", eighths=8 if few else 1,
+                steps=3, fragments=3 if few else 4, chunks=12 if few else 8)
+
+
+def shared_bytes(w: HopperWeights, config: Config, dtype: jnp.dtype = jnp.float32) -> int:
+  """Shared memory of one block, without barriers and alignment; at most about `SHARED_BYTES` can be had."""
+  sizes = gpu_kernel.buffers(w, config, dtype).values()
+  return sum(math.prod(shape) * jnp.dtype(kind).itemsize for shape, kind in sizes)
+
+
+def forward(
+  x: jax.Array, w: jax.Array | QTensor | HopperWeights, group_sizes: jax.Array, out_dtype: jnp.dtype
+) -> jax.Array:
+  """`[T, K], [E, K, N], [E] -> [T, N]`; see `api.grouped_matmul`. A QTensor is first brought into the Hopper view.
+
+  Raises:
+    ValueError: packed weights in a layout that `gpu_view.prepare` refuses.
+  """
+  if not isinstance(w, (QTensor, HopperWeights)):
+    return cpu.forward(x, w, group_sizes, out_dtype)
+  view = prepare(w) if isinstance(w, QTensor) else w
+  if x.dtype == jnp.float32:
+    parts = _exact_parts(x).reshape(-1, x.shape[1])
+    y = _matmul(parts, view, 3 * group_sizes, jnp.dtype(jnp.float32), exact=True)
+    return y.reshape(x.shape[0], 3, -1).sum(1).astype(out_dtype)
+  return _matmul(x, view, group_sizes, out_dtype, exact=False).astype(out_dtype)
+
+
+def backward(
+  x: jax.Array, w: jax.Array | QTensor, group_sizes: jax.Array, dy: jax.Array
+) -> tuple[jax.Array, jax.Array | None]:
+  """The gradients `([T, K], [E, K, N])` of `forward`, the second None for packed weights: plain XLA, see `cpu.py`.
+
+  Raises:
+    TypeError: weights that only exist in the Hopper view; differentiate with the QTensor.
+  """
+  if isinstance(w, HopperWeights):
+    raise TypeError("the gradient in x needs the QTensor: the Hopper view is for inference")
+  return cpu.backward(x, w, group_sizes, dy)
+
+
+def _exact_parts(x: jax.Array) -> jax.Array:
+  """`[T, K]` float32 -> `[T, 3, K]` bfloat16 that sum to it: each part takes the next 8 bits of the mantissa."""
+  parts, rest = [], x
+  for _ in range(3):
+    # reduce_precision, because a cast there and back may be simplified away
+    part = jax.lax.reduce_precision(rest, exponent_bits=8, mantissa_bits=7)
+    parts.append(part.astype(jnp.bfloat16))
+    rest = rest - part
+  return jnp.stack(parts, 1)
+
+
+def _matmul(x: jax.Array, w: HopperWeights, group_sizes: jax.Array, out_dtype: jnp.dtype, exact: bool) -> jax.Array:
+  """`[T, K]` bfloat16 rows -> `[T, N]` in the dtype of the partial results."""
+  experts, k_blocks, stripes = w.bits.shape
+  config = heuristic(len(x), experts, k_blocks * w.block_steps, stripes * w.tiles, exact)
+  cut = ragged.tiles(group_sizes, len(x), config.rows)
+  tasks = len(x) // config.rows + min(experts, len(x))  # filled tiles come first, and there are no more than these
+  valid = cut.valid[:tasks]
+  expert = jnp.where(valid.any(1), cut.expert[:tasks], experts)
+  padded = jnp.where(valid[..., None], x[cut.rows[:tasks]], 0).reshape(-1, x.shape[1])
+  fragments = gpu_view.rows_view(padded, w)
+  sums = jnp.sum(fragments, axis=-1, dtype=jnp.float32)
+  partial = jnp.dtype(jnp.float32) if exact or config.splits > 1 or config.scale == "after" else jnp.dtype(out_dtype)
+  y = gpu_kernel.call(w, config, expert, fragments, sums, partial)
+  y = (y[0] if config.splits == 1 else y.sum(0)).swapaxes(1, 2).reshape(-1, y.shape[2])
+  return gpu_view.columns(y[cut.position], w)

@@ -1,0 +1,48 @@
+"""The static figures of the TPU kernel: how they are counted and joined. The compiler itself runs in tests/aot."""
+
+import pytest
+
+from moeq_jax import qtensor
+from moeq_jax.bench import _tpu_compile, _tpu_worker, kernels_tpu_static
+
+TABLE = """== CAPACTIY:
+MXU, VALU, VSTORE, SALU
+    4     4     1     2
+== UTILIZATION:
+0 0 0 2
+0 1 0 0
+0 0 0 1
+4 3 1 0
+0 0 0 2
+"""
+
+
+def test_bundles_are_counted_from_the_first_to_the_last_that_does_vector_work():
+  assert _tpu_worker.count(TABLE) == {"bundles": 3, "slots": {"MXU": 4, "VALU": 4, "VSTORE": 1, "SALU": 5}}
+
+
+def test_without_the_compiler_it_says_what_to_do(monkeypatch):
+  monkeypatch.setattr(_tpu_compile, "missing", lambda: "libtpu is not installed: `./launch.sh aot`")
+  with pytest.raises(RuntimeError, match="launch.sh aot"):
+    kernels_tpu_static.run()
+
+
+def test_ratios_are_those_of_the_counts(monkeypatch, capsys):
+  counts = {"bfloat16": 100, "after": 480, "before": 130, "reused": 140}
+  monkeypatch.setattr(_tpu_compile, "missing", lambda: None)
+  monkeypatch.setattr(_tpu_worker, "results", lambda jobs: ({**job, "bundles": counts[job["way"]]} for job in jobs))
+  result = kernels_tpu_static.run()
+  assert [(r["chip"], r["bits"]) for r in result["results"]] == [(c, b) for c in ("v5e", "v6e") for b in qtensor.WIDTHS]
+  four = result["results"][3]
+  assert (four["few_rows_bundles"], four["few_rows_bfloat16"]) == (120, 25)
+  assert four["prefill_ratio_one_row_tile"] == 1.3
+  assert four["prefill_ratio_reused"] == (140 + 3 * 100) / 400
+  assert four["copy_cycles"] == pytest.approx(512 * 512 * (4 + 0.25) / 8 / 0.819e12 * 1.5e9)
+  assert "estimates" in capsys.readouterr().out
+
+
+def test_an_error_of_the_compiler_ends_it(monkeypatch):
+  monkeypatch.setattr(_tpu_compile, "missing", lambda: None)
+  monkeypatch.setattr(_tpu_worker, "results", lambda jobs: ({**job, "error": "no such tile"} for job in jobs))
+  with pytest.raises(RuntimeError, match="no such tile"):
+    kernels_tpu_static.run()

@@ -1,0 +1,219 @@
+"""The Hopper back-end in Pallas' interpreter, on an abstract H100, with race detection; nothing here is a GPU.
+
+One interpreted launch takes about 20 s on two cores, so each test here covers several things. The whole shared suite
+runs with `MOEQ_HOPPER_CONFORMANCE=1` (a quarter of an hour).
+"""
+
+import functools
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from moeq_jax import planar, qtensor
+from moeq_jax.kernels import api, gpu_unpack, gpu_view, pallas_gpu, shapes
+from tests import conformance
+
+H100 = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", platform="gpu", num_cores=8)
+MESH = jax.sharding.AbstractMesh((), (), abstract_device=H100)
+heuristic = pallas_gpu.heuristic
+BFLOAT16 = jnp.dtype(jnp.bfloat16)
+
+
+IN_CHILD = "MOEQ_HOPPER_CHILD" in os.environ
+interpreted = pytest.mark.skipif(not IN_CHILD, reason="runs in the process that test_interpreted_launches starts")
+
+
+@pytest.mark.skipif(IN_CHILD, reason="is the parent")
+def test_interpreted_launches():
+  """XLA's pool has one thread per core: callbacks of warpgroups that wait for each other would block all of it."""
+  flags = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+  environment = {**os.environ, "MOEQ_HOPPER_CHILD": "1", "JAX_PLATFORMS": "cpu", "NPROC": "16",
+                 "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}"}
+  command = [sys.executable, "-m", "pytest", __file__, "-k", "interpreted", "-p", "no:cacheprovider"]
+  child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500)
+  assert child.returncode == 0, child.stdout[-4000:] + child.stderr[-2000:]
+
+
+@pytest.fixture
+def interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+  """An abstract H100, uninitialised memory full of NaN, small rings that wrap; fails if the interpreter sees a race."""
+  monkeypatch.setattr(pallas_gpu, "heuristic", functools.partial(_small, {}))
+  interpret_pallas_call.reset_gpu_interpret_mode_state()
+  params = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
+  with jax.sharding.use_abstract_mesh(MESH), plgpu.force_gpu_interpret_mode(params):
+    yield
+  races = interpret_pallas_call.get_races()
+  assert races is None or not races.races_found
+
+
+@pytest.fixture
+def outside_a_kernel(monkeypatch: pytest.MonkeyPatch):
+  """Register layouts mean nothing there, and the cast between them has no evaluation rule."""
+  monkeypatch.setattr(gpu_unpack.plgpu, "layout_cast", lambda x, layout: x)
+
+
+def _small(changed: dict, *args, **kwargs) -> pallas_gpu.Config:
+  """The heuristic with small rings and the weights as shared operand, which the interpreter needs."""
+  rings = {"chunks": 5, "steps": 2, "fragments": 2, "operand": "shared"}
+  return pallas_gpu.Config(**{**vars(heuristic(*args, **kwargs)), **rings, **changed})
+
+
+def _run(x: np.ndarray, w, sizes: np.ndarray) -> np.ndarray:
+  return np.asarray(conformance.jitted("pallas_gpu")(x, w, np.asarray(sizes, np.int32)))
+
+
+@interpreted
+@pytest.mark.skipif("MOEQ_HOPPER_CONFORMANCE" not in os.environ, reason="takes a quarter of an hour: see above")
+@pytest.mark.usefixtures("interpreter")
+class TestInterpretedHopper(conformance.Conformance):
+  backend = "pallas_gpu"
+
+
+@interpreted
+@pytest.mark.usefixtures("interpreter")
+def test_interpreted_all_widths_in_one_launch_with_empty_experts_experts_of_one_row_and_poisoned_padding():
+  bits = np.array([1, 2, 3, 4, 8, 16])
+  made = conformance.packed(bits, (6, 96, 140), group=32, capacity=600)
+  buffer, scale = np.array(made.q.buffer), np.array(made.q.scale)
+  buffer[:, qtensor.used_rows(made.q):], scale[bits == 16] = 0xFF, np.nan
+  q = jax.tree.unflatten(jax.tree.structure(made.q), [buffer, made.q.bits, made.q.offset, scale, made.q.zero])
+  x, sizes = conformance.rows(20, 96, ml_dtypes.bfloat16), np.array([3, 7, 0, 1, 5, 4])
+  y = _run(x, q, sizes)
+  assert y.dtype == jnp.bfloat16
+  assert conformance.difference(y, conformance.expected(x, made.values, sizes)) < 3e-3  # half a unit of bfloat16
+
+
+@interpreted
+@pytest.mark.usefixtures("interpreter")
+def test_interpreted_float32_rows_and_widths_inside_an_expert_and_split_k(monkeypatch: pytest.MonkeyPatch):
+  monkeypatch.setattr(pallas_gpu, "heuristic", functools.partial(_small, {"splits": 2}))
+  bits = np.random.default_rng(3).choice((1, 2, 3, 4), (2, 2, 2))
+  made = conformance.packed(bits, (2, 500, 50), group=32)
+  x, sizes = conformance.rows(7, 500), np.array([5, 2])
+  assert conformance.difference(_run(x, made.q, sizes), conformance.expected(x, made.values, sizes)) < 1e-6
+
+
+@interpreted
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize(("shape", "group"), [((2, 768, 64), 32), ((2, 64, 64), 64)])
+def test_interpreted_scales_before_the_product_and_tiles_of_unusual_size(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int, int], group: int):
+  changed = {"scale": "before", "eighths": 1}
+  monkeypatch.setattr(pallas_gpu, "heuristic", functools.partial(_small, changed))
+  made = conformance.packed((3, 2), shape, group=group)
+  x, sizes = conformance.rows(20, shape[1], ml_dtypes.bfloat16), np.array([17, 3])
+  assert conformance.difference(_run(x, made.q, sizes), conformance.expected(x, made.values, sizes)) < 6e-3
+
+
+@pytest.mark.usefixtures("outside_a_kernel")
+@pytest.mark.parametrize("bits", qtensor.WIDTHS)
+def test_the_order_of_copies_is_the_order_of_reads(bits: int):
+  traced, done, read = jnp.int32(bits), 0, {}
+  for index in range(bits):
+    assert gpu_unpack.plane(bits, index) == gpu_unpack.plane(traced, jnp.int32(index))
+    read[gpu_unpack.plane(bits, index)] = jnp.zeros((64, 16), jnp.int8)
+    units = gpu_unpack.units(bits, index, read)
+    assert len(units) == gpu_unpack.ready(traced, jnp.int32(index))
+    for unit in units:
+      assert unit.eighth == gpu_unpack.eighth(traced, jnp.int32(done))
+      done += 1
+  assert done == 8
+  assert sorted(gpu_unpack.plane(bits, index) for index in range(bits)) == list(range(bits))
+
+
+@pytest.mark.usefixtures("outside_a_kernel")
+@pytest.mark.parametrize("bits", qtensor.WIDTHS)
+@pytest.mark.parametrize(("K", "group"), [(512, 128), (256, 32), (768, 32), (64, 0)])
+def test_units_are_the_weights(bits: int, K: int, group: int):
+  made = conformance.packed(bits, (1, K, 128), group=group)
+  w = gpu_view.prepare(made.q)
+  x = gpu_view.rows_view(jnp.asarray(np.eye(K, dtype=np.float32)), w)
+  total = np.zeros((K, 128))
+  for step in range(w.block_steps):
+    planes = {i: w.chunks[0, i * w.fragments + step % w.fragments + step // w.fragments * bits * w.fragments]
+              for i in range(bits)}
+    for unit in [unit for index in range(bits) for unit in gpu_unpack.units(bits, index, {
+        k: v for k, v in planes.items() if k in [gpu_unpack.plane(bits, i) for i in range(index + 1)]})]:
+      code = np.asarray(unit.operand, np.float64) * unit.multiplier + unit.offset
+      total += np.asarray(x[step, unit.eighth], np.float64) @ code.T
+  wanted = made.codes[0] if bits < 16 else made.values[0]
+  np.testing.assert_array_equal(total, wanted)
+
+
+def test_the_view_has_the_bytes_of_the_buffer():
+  q = conformance.packed((3, 2, 4), (3, 512, 256), group=128).q
+  w = gpu_view.prepare(q)
+  assert w.chunks.size == q.buffer.size
+  assert w.affine.size == 2 * q.scale.size
+  assert w.chunks.shape == (2, 3 * 512 // 64 * 9 // 3 // 8, 128, 64)
+
+
+@pytest.mark.parametrize("name", shapes.LAYERS)
+@pytest.mark.parametrize("rows", [1, 16, 64, 512, 8192])
+@pytest.mark.parametrize("exact", [False, True])
+def test_launches_fit_a_multiprocessor(name: str, rows: int, exact: bool):
+  for experts, K, N in shapes.LAYERS[name].matmuls().values():
+    w = _abstract_view(experts, K, N)
+    config = heuristic(rows, experts, w.bits.shape[1] * w.block_steps, w.bits.shape[2] * w.tiles, exact)
+    assert pallas_gpu.shared_bytes(w, config) <= pallas_gpu.SHARED_BYTES - 4096
+    assert config.rows % 8 == 0
+    assert config.rows <= 256
+    assert config.chunks >= 4
+    assert 1 <= config.splits <= w.block_steps
+
+
+def _abstract_view(experts: int, K: int, N: int) -> gpu_view.HopperWeights:
+  size = planar.layout(K, N, 128 if K % 128 == 0 else 64)
+  shaped = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
+  entries = shaped(BFLOAT16, experts, -(-K // size.group), N)
+  blocks = shaped(jnp.int32, experts, 1, 1)
+  buffer = shaped(jnp.uint8, 1, experts * size.k_block * 3 // 8, N)
+  q = qtensor.QTensor(buffer, blocks, blocks, entries, entries, K, N, size.group, size.k_tile, size.k_block)
+  return jax.eval_shape(gpu_view.prepare, q)
+
+
+@pytest.mark.parametrize("device", ["cpu", "tpu", "NVIDIA A100-SXM4-80GB", "NVIDIA B200", "NVIDIA GeForce RTX 4090"])
+def test_other_devices_are_refused(device: str):
+  assert "for Hopper GPUs" in pallas_gpu.supports((8, 2, 64, 64), (BFLOAT16, None), device)
+
+
+@pytest.mark.parametrize("device", ["NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA H20", "NVIDIA GH200 480GB"])
+def test_hopper_devices_are_known_by_name(device: str):
+  assert pallas_gpu.supports((8, 2, 64, 64), (BFLOAT16, None), device) is None
+  assert "no rows" in pallas_gpu.supports((0, 2, 64, 64), (BFLOAT16, None), device)
+
+
+def test_an_abstract_device_counts_before_the_platform():
+  dtypes = BFLOAT16, None
+  with jax.sharding.use_abstract_mesh(MESH):
+    assert pallas_gpu.supports((8, 2, 64, 64), dtypes, "cpu") is None
+  with pytest.raises(ValueError, match=r"pallas_gpu: the kernel is for Hopper GPUs .* and the device is 'cpu'"):
+    q = conformance.packed(2, (2, 64, 64)).q
+    api.grouped_matmul(conformance.rows(8, 64), q, np.array([4, 4]), backend="pallas_gpu")
+
+
+def test_layouts_that_cannot_be_cut_are_refused_by_name():
+  with pytest.raises(ValueError, match="K-tiles of 96 rows with groups of 128"):
+    gpu_view.fragment_width(96, 128, True)
+  q = conformance.packed(2, (2, 64, 64)).q
+  shards = jax.tree.map(lambda leaf: np.concatenate([leaf, leaf]), q)
+  with pytest.raises(ValueError, match="one shard, and the QTensor holds 2"):
+    gpu_view.prepare(shards)
+
+
+def test_lowering_for_cuda_with_weights_in_registers():
+  made = conformance.packed((2, 3), (2, 256, 128), group=128)
+  run = jax.jit(functools.partial(pallas_gpu.forward, out_dtype=BFLOAT16))
+  with jax.sharding.use_abstract_mesh(MESH):
+    x = conformance.rows(16, 256, ml_dtypes.bfloat16)
+    lowered = run.trace(x, made.q, np.array([9, 7], np.int32)).lower(lowering_platforms=("cuda",))
+  assert "mosaic_gpu" in lowered.as_text()
