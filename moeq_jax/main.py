@@ -146,8 +146,8 @@ _RUN_OPTIONS = """\
 
 _MODEL_OPTIONS = """\
   --dtype=float32           that the model computes in; or bfloat16
-  --capacity=sequence       of a Switch Transformer: tokens that an expert takes are counted over the sequence; call: anew
-                            in every step of decoding, as transformers does with a cache; off: none is dropped"""
+  --capacity=sequence       of a Switch Transformer: tokens that an expert takes are counted over the sequence; call:
+                            anew in every step of decoding, as transformers does with a cache; off: none is dropped"""
 
 COMMANDS: dict[str, Command] = {
     "quickstart": Command(

@@ -214,9 +214,9 @@ def packed_rows(bits: Any, shape: Sequence[int], group: int) -> int:
 
 
 def rounded(q: QTensor) -> QTensor:
-  """The same weights in a buffer of a rounder length (numpy): at most an eighth longer, 8 lengths for every factor of 2.
+  """The same weights in a buffer of a rounder length (numpy): at most an eighth longer, 8 lengths per factor of 2.
 
-  Compiled programs depend on the length, and the layers of a model differ in it: rounded, a few programs serve them all.
+  Compiled programs depend on the length, and the layers of a model differ in it: rounded, few programs serve them all.
   """
   rows = q.buffer.shape[1]
   unit = 1 << max(rows.bit_length() - 4, 0)

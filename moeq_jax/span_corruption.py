@@ -42,7 +42,7 @@ def span_corruption(tokens: np.ndarray, *, sentinel_first: int, density: float =
   noise, spans = _counts(tokens, density, mean)
   sentinels = sentinel_first - np.arange(spans + 1)
   if tokens.min() < 0 or max(tokens.max(), -1) >= sentinels[-1]:
-    raise SpanError(f"tokens from {tokens.min()} to {tokens.max()}, and {spans + 1} sentinels from {sentinel_first} down:"
+    raise SpanError(f"tokens from {tokens.min()} to {tokens.max()}, {spans + 1} sentinels from {sentinel_first} down:"
                     " a token of the text would be a sentinel; take shorter texts, fewer spans or other sentinels")
   taken = _composition(noise, spans, rng)
   kept = _composition(len(tokens) - noise + 2, spans + 1, rng)

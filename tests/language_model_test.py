@@ -297,8 +297,10 @@ def test_errors_of_a_user_are_no_tracebacks(checkpoint: Path, tmp_path: Path, ca
     assert said in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("given", "said"), [({"dtype": "int8"}, "dtype 'int8' is not one of float32, bfloat16"),
-                                             ({"capacity": "none"}, "capacity 'none' is not one of sequence, call, off")])
+@pytest.mark.parametrize(("given", "said"), [
+    ({"dtype": "int8"}, "dtype 'int8' is not one of float32, bfloat16"),
+    ({"capacity": "none"}, "capacity 'none' is not one of sequence, call, off"),
+])
 def test_unknown_modes_are_named(checkpoint: Path, given: dict[str, str], said: str):
   with pytest.raises(language_model.ModelError, match=said):
     moeq_jax.load(checkpoint, **given)

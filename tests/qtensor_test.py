@@ -187,7 +187,7 @@ def test_rounded_buffers_have_few_lengths_and_the_same_weights():
   np.testing.assert_array_equal(qtensor.unpack(longer), made.codes)
   assert qtensor.used_rows(longer) == qtensor.used_rows(made.q)
   sizes = np.arange(1, 4096)
-  lengths = np.array([qtensor.rounded(dataclasses.replace(made.q, buffer=np.zeros((1, size, 1), np.uint8))).buffer.shape[1]
-                      for size in sizes])
+  hollow = [dataclasses.replace(made.q, buffer=np.zeros((1, size, 1), np.uint8)) for size in sizes]
+  lengths = np.array([qtensor.rounded(q).buffer.shape[1] for q in hollow])
   assert (lengths >= sizes).all() and (8 * lengths <= 9 * sizes).all()
   assert len(np.unique(lengths[1023:2047])) == 9

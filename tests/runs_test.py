@@ -224,6 +224,6 @@ def test_a_sweep_that_cannot_run_is_refused_before_anything_runs(
 
 
 def test_the_command_is_one_that_a_shell_reads_back():
-  for text in ("--config.export=('hf',)", "--config.codec=rtn(group=64)", "--config.checkpoint=a b'c$d", "--config.x='\"`"):
+  for text in ("--config.export=('hf',)", "--config.codec=rtn(group=64)", "--config.checkpoint=a b'c$d", "--c='\"`"):
     assert shlex.split(runs._quoted(text)) == [text]
   assert runs._quoted("--config.export=('hf',)") == "\"--config.export=('hf',)\""

@@ -1,11 +1,11 @@
 """The grouped matmul of packed experts beside its peers: the table of the machine that this runs on.
 
-On a GPU that of `kernels_gpu`. On a CPU: packed weights at several widths, exact and with activations in 8 bits, against a loop over experts with dense
-bfloat16 weights (the strongest peer of the same program), `lax.ragged_dot`, and numpy with dequantized float32 weights.
-They are timed in turn, round after round, so that other load on the machine meets them alike; numpy in rounds of its own,
-because the threads of its BLAS keep the cores busy for a while after each product, and `lax.ragged_dot` in fewer, because
-it multiplies every row by every expert. Ceilings come first: how fast this machine copies memory and multiplies large
-bfloat16 matrices.
+On a GPU that of `kernels_gpu`. On a CPU: packed weights at several widths, exact and with activations in 8 bits,
+against a loop over experts with dense bfloat16 weights (the strongest peer of the same program), `lax.ragged_dot`,
+and numpy with dequantized float32 weights. They are timed in turn, round after round, so that other load on the
+machine meets them alike; numpy in rounds of its own, because the threads of its BLAS keep the cores busy for a while
+after each product, and `lax.ragged_dot` in fewer, because it multiplies every row by every expert. Ceilings come
+first: how fast this machine copies memory and multiplies large bfloat16 matrices.
 """
 
 import functools

@@ -55,7 +55,7 @@ class Codec:
     if unknown := sorted(set(widths) - set(WIDTHS)):
       raise ValueError(f"{self}: no codec encodes {unknown} bits; the widths are {WIDTHS}")
     if self.spec.grid == "ct" and 1 in widths:
-      raise ValueError(f"{self}: one bit on the grid 'ct' is {{-1, 0}} times a scale, which has no positive weight; leave"
+      raise ValueError(f"{self}: one bit on the grid 'ct' is {{-1, 0}} times a scale, without a positive weight; leave"
                        " 1 out of the widths, or take the grid 'affine'")
 
   @property

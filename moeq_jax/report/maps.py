@@ -57,8 +57,8 @@ def bit_maps(plans: Sequence[Mapping[str, Any]], widths: Sequence[int], budget: 
       _mean_bits(axes, corner, heights[i], bits)
     _key(axes, TOP + rows * pitch - 0.12, levels, palette)
     caption = (
-      f"Bits of every expert at {budget} bits asked, one map for each method: rows are layers with experts, columns are "
-      "experts; the numbers on the right are the mean bits of the layer. Darker means more bits."
+      f"Bits of every expert at {budget} bits asked, one map for each method: rows are layers with experts, columns "
+      "are experts; the numbers on the right are the mean bits of the layer. Darker means more bits."
     )
     if any(bits.shape[1] > 1 for bits in chosen.values()):
       caption += " Where projections differ a layer has a row for each, gate, up and down in this order."
