@@ -39,6 +39,7 @@ def _door(out_dtype: Any = None) -> Any:
   return jax.jit(run, compiler_options=QUICK)
 
 
+@pytest.mark.thorough
 class TestPallasTpu(conformance.Conformance):
   backend = "pallas_tpu"
 
@@ -76,11 +77,13 @@ CONFIGS = {
 ROUTED = (0, 43, 0, 0, 1, 0, 0), (1, 1, 1, 1, 1, 1, 38), (3, 17, 0, 1, 16, 2, 5)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ["in_order", "reused", *(pytest.param(name, marks=pytest.mark.thorough) for name in (
+    "in_order_before", "aligned", "unrolled", "looped", "reused_looped"))])
 def test_every_way_takes_every_width(name: str):
   _check_routings(CONFIGS[name], np.float32, 1e-5)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("name", "bound"), [("in_order", 1e-5), ("unrolled", 1e-5), ("reused_looped", 1e-2)])
 def test_bfloat16_rows(name: str, bound: float):
   _check_routings(CONFIGS[name], ml_dtypes.bfloat16, bound)
@@ -94,6 +97,7 @@ def _check_routings(config: pallas_tpu.Config, dtype: Any, bound: float) -> None
     assert conformance.difference(y, conformance.expected(x, made.values, sizes)) < bound
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("bits", qtensor.WIDTHS)
 def test_one_width_alone(bits: int):
   made = conformance.packed(bits, (2, 768, 128), group=128)
@@ -102,6 +106,7 @@ def test_one_width_alone(bits: int):
   assert conformance.difference(y, conformance.expected(x, made.values, sizes)) < 1e-5
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
   ("group", "after"), [(32, False), (64, False), (128, False), (128, True), (0, False), (0, True)])
 def test_groups_and_widths_that_change_inside_an_expert(group: int, after: bool):
