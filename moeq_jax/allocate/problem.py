@@ -69,8 +69,9 @@ def check_budget(average: float, widths: Sequence[int]) -> None:
   if not isinstance(average, int | float):
     raise ValueError(f"the budget {average!r} is no number; it is an average of bits per weight, for example 2.5")
   if average < widths[0]:
+    smaller = f" or add a width of at most {average} bits" if average >= 1 else ""
     raise ValueError(f"widths {tuple(widths)} have no solution at {average} bits per weight: the possible range is "
-                     f"[{widths[0]}, {widths[-1]}]; raise the budget or add a width of at most {average} bits")
+                     f"[{widths[0]}, {widths[-1]}]; raise the budget{smaller}")
   if not average <= widths[-1]:
     raise ValueError(f"the budget of {average} bits per weight is out of the possible range [{widths[0]}, "
                      f"{widths[-1]}] of widths {tuple(widths)}; lower the budget or add a larger width")

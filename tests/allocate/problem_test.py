@@ -116,6 +116,8 @@ def test_impossible_budgets_state_the_range_and_the_remedy(make):
     make(4.5, WIDTHS)
   with pytest.raises(ValueError, match=r"no solution at 1.5 bits.*\[3, 4\].*add a width of at most 1.5"):
     make(1.5, (3, 4))
+  with pytest.raises(ValueError, match=r"no solution at -1 bits.*raise the budget$"):
+    make(-1, (3, 4))
   with pytest.raises(ValueError, match="out of the possible range"):
     make(math.nan, WIDTHS)
   for widths in ((), (2, 2), (3, 2)):
