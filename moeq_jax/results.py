@@ -12,6 +12,8 @@ A row is flat. Its fields:
   method                    the method's spec string, for example `knapsack(router_grad_error)`
   family                    one of `FAMILIES`
   codec, group              the codec's spec string; rows of K that share a scale (0 = all of K)
+  sequential                of the task quantize: whether the codec saw the inputs that the quantized layers before
+                            give; None where it sees none
   budget                    average nominal bits per expert weight asked for; None for full precision
   nominal_bits              average bits per expert weight, codes only
   effective_bits            the same with scales, zeros and permutations

@@ -161,7 +161,7 @@ def test_uniform_widths_without_data_read_no_text_and_sweep_once(run: Callable[.
   folders = {path.name for path in workdir.iterdir() if path.is_dir()}
   assert folders == {"quantized", "figures"}
   row = results.read(workdir / "rows.jsonl")[1]
-  assert (row["nominal_bits"], row["loss"], row["loss_delta"]) == (3.0, None, None)
+  assert (row["nominal_bits"], row["loss"], row["loss_delta"], row["sequential"]) == (3.0, None, None, None)
   assert "not measured" in (workdir / "report.html").read_text()
 
 
@@ -197,7 +197,11 @@ def test_sequential_rows_come_from_the_quantized_layers_before(run: Callable[...
     return encode(weights, rows, mids, bits, codec=codecs.get(CODEC))  # compiles less
 
   monkeypatch.setattr(stream, "encode_expert", watched)
-  run("sequential", "budget=2", "method=uniform", "codec=gptq(group=32)", "sequential=True", "evaluation.sequences=0")
+  workdir = run("sequential", "budget=2", "method=uniform", "codec=gptq(group=32)", "sequential=True",
+                "evaluation.sequences=0")
+  assert [row["sequential"] for row in results.read(workdir / "rows.jsonl")] == [None, True]
+  page = (workdir / "report.html").read_text()
+  assert "gptq(group=32), on the inputs that the quantized layers before it give" in page
   first = {name: tiny.decoded(tiny.encoded(CODEC)[0][0], 2)[name] for name in artifacts.PROJECTIONS}
   experts = [first, tiny.functions().experts(tiny.model().blocks[1])]
   layers = [tiny.forward(batch, experts)[1] for batch in tiny.tokens(2)]

@@ -17,9 +17,9 @@ from moeq_jax.allocate import methods
 from moeq_jax.export import native
 from moeq_jax.quantize import evaluation, exports, room
 
-FULL = {"id": "full", "method": "full precision", "family": "full", "codec": None, "group": None, "budget": None,
-        "nominal_bits": 16.0, "effective_bits": 16.0, "stored_bits": 16.0, "loss_delta": 0.0, "loss_delta_ci95": 0.0,
-        "predicted": None, "lower_bound": None, "gap": None, "draw": None}
+FULL = {"id": "full", "method": "full precision", "family": "full", "codec": None, "group": None, "sequential": None,
+        "budget": None, "nominal_bits": 16.0, "effective_bits": 16.0, "stored_bits": 16.0, "loss_delta": 0.0,
+        "loss_delta_ci95": 0.0, "predicted": None, "lower_bound": None, "gap": None, "draw": None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,10 +85,12 @@ def _write_rows(path: Path, config: ml_collections.ConfigDict, out: Outcome, byt
   nothing = {"loss": None, "perplexity": None, "loss_delta": None, "loss_delta_ci95": None}
   full = losses and {"loss": float(losses.full.mean()), "perplexity": float(np.exp(losses.full.mean()))}
   group = registry.parse(config.codec).kwargs.get("group", 64)
+  encoded = {"codec": model.manifest["codec"], "group": group,
+             "sequential": config.sequential if out.opened.codec.needs_moment else None}
   path.unlink(missing_ok=True)
   results.append(path, FULL | (full or nothing) | {"file_mb": bytes_before / 1e6} | stamp)
-  results.append(path, chosen.as_row() | model.manifest["sizes"] | {"codec": model.manifest["codec"], "group": group}
-                 | (losses.row() if losses else nothing) | stamp)
+  results.append(path, chosen.as_row() | model.manifest["sizes"] | encoded | (losses.row() if losses else nothing)
+                 | stamp)
 
 
 def _model(opened: Any) -> dict[str, Any]:
