@@ -7,6 +7,7 @@ kind gets windows with spans taken out (`span_corruption.py`).
 
 import codecs
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ SENTINEL = "<extra_id_0>"  # of the first span, in tokenizers of T5's kind; else
 PIECE, TOGETHER = 1 << 16, 16  # characters of a piece that is tokenized; pieces at a time
 WHOLE = 1 << 22  # bytes up to which a text file is read from end to end, however few tokens are asked for
 DATA_FREE = "without data: --config=configs/quantize.py:data_free"
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +85,7 @@ def read(purpose: str, config: ml_collections.ConfigDict, directory: Path, model
 
   Args:
     purpose: `calibration` or `evaluation`; `config[purpose]` says from what and how much.
-    config: its `batch` and `length`, too.
+    config: its `batch` and `length`, too; no sequence is longer than the model has positions.
     directory: of the checkpoint, for its tokenizer.
     model: the checkpoint's config.
     values: its config.json.
@@ -90,18 +93,18 @@ def read(purpose: str, config: ml_collections.ConfigDict, directory: Path, model
   Raises:
     ValueError: no tokenizer, too little text, or tokens that the model does not have; names the file and the remedy.
   """
-  part, first = config[purpose], model.vocab_size - 1
+  part, first, length = config[purpose], model.vocab_size - 1, _length(purpose, config.length, model)
   if part.tokens:
-    rows, about = read_tokens(Path(part.tokens), part.sequences, config.length, model.vocab_size), part.tokens
+    rows, about = read_tokens(Path(part.tokens), part.sequences, length, model.vocab_size), part.tokens
   else:
     tokenizer = open_tokenizer(directory)
     separator = end_of_text(tokenizer, values)
     if part.text:
-      limit = max(WHOLE, CHARACTERS * config.length * part.sequences)
-      rows = _windows(_own_text(Path(part.text), tokenizer, limit), part.sequences, config.length, part.text)
+      limit = max(WHOLE, CHARACTERS * length * part.sequences)
+      rows = _windows(_own_text(Path(part.text), tokenizer, limit), part.sequences, length, part.text)
       about = part.text
     else:
-      rows, about = _packages(purpose, part.sequences, config.length, tokenizer, separator), "the installed packages"
+      rows, about = _packages(purpose, part.sequences, length, tokenizer, separator), "the installed packages"
     _check_tokens(rows, model.vocab_size, directory / "tokenizer.json")
     first = tokenizer.token_to_id(SENTINEL) or first
   rows = rows.astype(np.int32)
@@ -109,7 +112,16 @@ def read(purpose: str, config: ml_collections.ConfigDict, directory: Path, model
   if isinstance(model, switch.SwitchConfig):
     batches = [corrupted(batch, model, first, [config.seed, i]) for i, batch in enumerate(batches)]
     about += ", spans taken out"
-  return Text(batches, f"{len(rows)} sequences of {config.length} tokens: {about}", digest(batches))
+  return Text(batches, f"{len(rows)} sequences of {length} tokens: {about}", digest(batches))
+
+
+def _length(purpose: str, asked: int, model: Any) -> int:
+  """Tokens of a sequence: as many as were asked for, as far as the model has positions for them."""
+  positions = getattr(model, "max_position_embeddings", asked)  # T5's kind has distances only
+  if asked > positions:
+    log.warning("%s: sequences of %d tokens, not of config.length=%d: the model has no more positions"
+                " (max_position_embeddings)", purpose, positions, asked)
+  return min(asked, positions)
 
 
 def corrupted(rows: np.ndarray, model: switch.SwitchConfig, first: int, seed: Sequence[int]) -> dict[str, np.ndarray]:
@@ -178,8 +190,9 @@ def read_tokens(path: Path, count: int, length: int, vocabulary: int) -> np.ndar
     ValueError: not such a file, too few tokens, or ids that the model does not have.
   """
   try:
-    tokens = np.load(path, allow_pickle=False)
-  except (OSError, ValueError, EOFError) as error:
+    with path.open("rb") as file:  # numpy takes any other file for pickle, and its message says how to run that
+      tokens = np.lib.format.read_array(file, allow_pickle=False)
+  except Exception as error:  # numpy, its tokenizer and its allocator each have their own
     raise ValueError(f"{path}: cannot be read as .npy ({error}); save the ids by numpy.save") from None
   if not isinstance(tokens, np.ndarray) or tokens.ndim not in (1, 2) or tokens.dtype.kind not in "iu":
     raise ValueError(f"{path}: token ids are whole numbers, [n] or [sequences, length]")

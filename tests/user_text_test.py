@@ -1,5 +1,6 @@
 """Batches come from the file that the user names, tokenized whole, and every mistake names file and remedy."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -107,6 +108,18 @@ def test_token_ids_need_no_tokenizer(tmp_path: Path, kind: type):
   assert np.array_equal(rows, np.arange(6)[:, None] * 33 + np.arange(8))
 
 
+def test_no_sequence_is_longer_than_the_model_has_positions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                            caplog: pytest.LogCaptureFixture):
+  np.save(tmp_path / "a.npy", np.arange(100))
+  for positions, shape in ((5, (2, 5)), (8, (2, 8))):
+    monkeypatch.setattr(tiny, "CONFIG", dataclasses.replace(tiny.CONFIG, max_position_embeddings=positions))
+    found = read(tmp_path, **{"calibration.tokens": str(tmp_path / "a.npy")})
+    assert {batch.shape for batch in found.batches} == {shape} and f"6 sequences of {shape[1]} tokens" in found.about
+  assert [record.getMessage() for record in caplog.records] == [
+      "calibration: sequences of 5 tokens, not of config.length=8: the model has no more positions"
+      " (max_position_embeddings)"]
+
+
 def test_the_digest_is_of_the_tokens(checkpoint: Path, tmp_path: Path):
   np.save(tmp_path / "a.npy", np.arange(100))
   np.save(tmp_path / "b.npy", np.arange(100))
@@ -125,6 +138,8 @@ def test_the_digest_is_of_the_tokens(checkpoint: Path, tmp_path: Path):
     ({"calibration.text": "{here}/t.txt"}, "t.txt: has .* tokens, 6 sequences of 8 are asked for"),
     ({"calibration.text": "{here}/latin.txt"}, "latin.txt: cannot be read as UTF-8"),
     ({"calibration.tokens": "{here}/t.txt"}, "t.txt: cannot be read as .npy"),
+    ({"calibration.tokens": "{here}/junk.npy"}, "junk.npy: cannot be read as .npy (?!.*(pickle|unsafe))"),
+    ({"calibration.tokens": "{here}/lies.npy"}, "lies.npy: cannot be read as .npy"),
     ({"calibration.tokens": "{here}/float.npy"}, "float.npy: token ids are whole numbers"),
     ({"calibration.tokens": "{here}/large.npy"}, "large.npy: gives token 320, config.json says vocab_size 320"),
     ({"calibration.tokens": "{here}/negative.npy"}, "negative.npy: gives token -1"),
@@ -132,6 +147,9 @@ def test_the_digest_is_of_the_tokens(checkpoint: Path, tmp_path: Path):
 ])
 def test_mistakes_are_explained(checkpoint: Path, tmp_path: Path, fields: dict, said: str):
   (tmp_path / "t.txt").write_text("the router")
+  (tmp_path / "junk.npy").write_bytes(b"junk")
+  header = b"{'descr': '<i8', 'fortran_order': False, 'shape': (10**15,)}"
+  (tmp_path / "lies.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
   (tmp_path / "latin.txt").write_bytes("Straße ".encode("latin-1") * 50)
   for name, array in (("float", np.ones(100)), ("large", np.full(100, 320)), ("negative", np.full(100, -1)),
                       ("few", np.ones((3, 8), int)), ("t", np.ones(100, int))):
