@@ -14,6 +14,7 @@ import importlib.util
 import inspect
 import json
 import logging
+import math
 import platform
 import re
 import shlex
@@ -142,6 +143,9 @@ def plain(config: config_dict.ConfigDict) -> dict[str, Any]:
   Raises:
     UsageError: a field that JSON cannot hold.
   """
+  if wrong := next((f"config.{name}={value}" for name, value in _leaves(config.to_dict()).items()
+                    if isinstance(value, float) and not math.isfinite(value)), None):
+    raise UsageError(f"{wrong}: a finite number is needed")
   try:
     return json.loads(json.dumps(config.to_dict(), allow_nan=False))
   except (TypeError, ValueError) as error:
@@ -233,17 +237,19 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def execute(config: config_dict.ConfigDict, workdir: Path) -> None:
-  """Runs the config's task in `workdir`, from where an earlier call left it."""
+  """Runs the config's task in `workdir`, from where an earlier call left it; warnings go to log.txt and to stderr."""
   prepare(config, workdir)
-  handler = logging.FileHandler(workdir / "log.txt")
-  handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-  logger = logging.getLogger("moeq_jax")
-  logger.addHandler(handler)
+  file = logging.FileHandler(workdir / "log.txt")
+  file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+  logger, handlers = logging.getLogger("moeq_jax"), (file, logging.lastResort)
+  for handler in handlers:
+    logger.addHandler(handler)
   try:
     TASKS[config.task](config, workdir)
   finally:
-    logger.removeHandler(handler)
-    handler.close()
+    for handler in handlers:
+      logger.removeHandler(handler)
+    file.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
 import json
+import logging
 import os
 import shlex
 from pathlib import Path
@@ -148,10 +149,12 @@ def test_differences_of_missing_fields():
   assert runs.differences({"a": [1, 2]}, {"a": [1, 2]}) == []
 
 
-@pytest.mark.parametrize("value", [float("nan"), {1, 2}, print])
-def test_a_config_that_json_cannot_hold_is_refused(tmp_path: Path, value: object):
-  with pytest.raises(runs.UsageError, match="a config holds"):
-    runs.prepare(config_dict.ConfigDict({"task": "compare", "bad": value}), tmp_path / "out")
+@pytest.mark.parametrize(("value", "said"), [
+    (float("nan"), "config.part.bad=nan: a finite number"), ((1.0, float("inf")), "a config holds"),
+    ({1, 2}, "a config holds"), (print, "a config holds")])
+def test_a_config_that_json_cannot_hold_is_refused(tmp_path: Path, value: object, said: str):
+  with pytest.raises(runs.UsageError, match=said):
+    runs.prepare(config_dict.ConfigDict({"task": "compare", "part": {"bad": value}}), tmp_path / "out")
   assert not (tmp_path / "out").exists()
 
 
@@ -159,6 +162,19 @@ def test_a_work_directory_that_is_a_file_is_refused(tmp_path: Path):
   (tmp_path / "out").write_text("x")
   with pytest.raises(runs.UsageError, match="is a file"):
     runs.prepare(config_dict.ConfigDict({"task": "compare"}), tmp_path / "out")
+
+
+def test_warnings_of_a_run_go_to_its_log_and_to_the_terminal(config_file: str, tmp_path: Path,
+                                                             monkeypatch: pytest.MonkeyPatch,
+                                                             capsys: pytest.CaptureFixture):
+  logger = logging.getLogger("moeq_jax.somewhere")
+  monkeypatch.setattr(runs, "TASKS", {"compare": lambda config, workdir: logger.warning("a field is not known")})
+  config, before = runs.load_config(config_file), list(logging.getLogger("moeq_jax").handlers)
+  for name in ("a", "b"):
+    runs.execute(config, tmp_path / name)
+    assert (tmp_path / name / "log.txt").read_text().endswith(" WARNING a field is not known\n")
+    assert capsys.readouterr().err == "a field is not known\n"
+  assert logging.getLogger("moeq_jax").handlers == before
 
 
 # ---------------------------------------------------------------------------------------------------------------------
