@@ -131,13 +131,13 @@ def _generate(model: language_model.LanguageModel, requests: Sequence[tuple[str,
   return found
 
 
-def harness(directory: str | Path, dtype: str = "float32") -> lm_eval.Moeq:
+def harness(directory: str | Path, dtype: str = "float32", capacity: str = "sequence") -> lm_eval.Moeq:
   """A model for `lm_eval.simple_evaluate(model=...)`, in this process: lm-evaluation-harness must be installed here.
 
   Raises:
     ValueError: the model cannot be opened.
   """
-  return lm_eval.Moeq(answer=answering(language_model.load(directory, dtype)))
+  return lm_eval.Moeq(answer=answering(language_model.load(directory, dtype, capacity)))
 
 
 def command_serve(arguments: Sequence[str]) -> None:

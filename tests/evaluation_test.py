@@ -138,6 +138,13 @@ def test_a_model_that_cannot_be_opened_is_the_first_answer():
   assert "nowhere" in message["error"]
 
 
+def test_the_model_of_the_harness_is_opened_as_asked(checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
+  asked = []
+  monkeypatch.setattr(language_model, "load", lambda *how: asked.append(how))
+  evaluation.harness(checkpoint, "bfloat16", capacity="off")
+  assert asked == [(checkpoint, "bfloat16", "off")]
+
+
 def test_in_one_process_or_two_the_answers_are_equal(checkpoint: Path):
   asked = [types.SimpleNamespace(args=("the router", " sends")), types.SimpleNamespace(args=("bits", " are few"))]
   near, far = evaluation.harness(checkpoint), lm_eval.Moeq(checkpoint=str(checkpoint), python=sys.executable)

@@ -149,6 +149,7 @@ class Moeq(harness.LM if harness else object):
     checkpoint: the directory of the model.
     python: of an environment with this project's packages; by default the one that runs this.
     dtype: that the model computes in.
+    capacity: of a Switch Transformer: sequence, call or off.
     answer: what answers, in place of a process.
     batch_size, max_batch_size, device: given by the harness to every model; not used.
 
@@ -158,12 +159,14 @@ class Moeq(harness.LM if harness else object):
   """
 
   def __init__(self, checkpoint: str = "", python: str = sys.executable, dtype: str = "float32",
-               answer: Answer | None = None, batch_size: Any = None, max_batch_size: Any = None, device: Any = None):
+               capacity: str = "sequence", answer: Answer | None = None, batch_size: Any = None,
+               max_batch_size: Any = None, device: Any = None):
     super().__init__()
     del batch_size, max_batch_size, device
     if not checkpoint and not answer:
       raise ValueError("model_args: which model? give checkpoint=DIR")
-    command = [python, "-P", "-m", "moeq_jax.main", "serve", f"--checkpoint={checkpoint}", f"--dtype={dtype}"]
+    command = [python, "-P", "-m", "moeq_jax.main", "serve", f"--checkpoint={checkpoint}", f"--dtype={dtype}",
+               f"--capacity={capacity}"]
     self._answer = answer or Process(command)
 
   def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:

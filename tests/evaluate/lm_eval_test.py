@@ -94,6 +94,12 @@ def test_a_python_that_is_not_there_is_named():
     lm_eval.Moeq()
 
 
+def test_the_process_is_told_how_to_open_the_model(monkeypatch: pytest.MonkeyPatch):
+  monkeypatch.setattr(lm_eval, "Process", lambda command: command)
+  command = lm_eval.Moeq(checkpoint="DIR", python="py", dtype="bfloat16", capacity="off")._answer
+  assert command[0] == "py" and command[-4:] == ["serve", "--checkpoint=DIR", "--dtype=bfloat16", "--capacity=off"]
+
+
 def test_the_file_needs_nothing_but_the_standard_library():
   done = subprocess.run([sys.executable, "-S", "-P", "-c", "import moeq_jax.evaluate.lm_eval"], check=False,
                         env=os.environ | {"PYTHONPATH": str(lm_eval.ROOT)}, capture_output=True, text=True)
