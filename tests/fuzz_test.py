@@ -64,6 +64,17 @@ def test_the_worker_notices_a_wrong_tensor(tmp_path: Path, monkeypatch: pytest.M
   assert "ZeroDivisionError" in fuzz_worker.attempt(lambda: fuzz_worker.outcome(tmp_path / "a", pristine))
 
 
+def test_the_worker_notices_what_does_not_end():
+  program = ("import signal; from tests import fuzz_worker; fuzz_worker.SECONDS = 0.2; "
+             "signal.signal(signal.SIGPROF, fuzz_worker._hangs)\n"
+             "def forever():\n  while True: pass\n"
+             "print(fuzz_worker.attempt(forever), fuzz_worker.attempt(lambda: 'right'))")
+  done = subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": str(runs.ROOT)},
+                        cwd=runs.ROOT, capture_output=True, text=True, check=True, timeout=120)
+  assert done.stdout.startswith("FAILED") and "TimeoutError: more than 0.2 s" in done.stdout
+  assert done.stdout.endswith(" right\n")
+
+
 def test_the_worker_bounds_memory():
   """What is beyond the files and the allowance fails; half of the allowance is there to be used."""
   program = ("import numpy as np; from tests import fuzz_worker; fuzz_worker.limit_memory(0); "

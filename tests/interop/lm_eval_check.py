@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINT = ROOT / "experiments" / "models" / "moeq-small"
 ROWS, ARTICLES, NEW = 60, 8, 16
 UNTIL = ["\n", ". "]
+SECONDS = 3600  # that the harness with our model may take at most, on a busy machine too
 TOLERANCE = 1e-3  # nats, of a choice; of a text, per window
 TASKS: dict[str, dict[str, Any]] = {
     "local_choice": {
@@ -83,7 +84,7 @@ def through_the_command(folder: Path, python: str, checkpoint: Path = CHECKPOINT
              f"checkpoint={checkpoint},python={python}", "--tasks", ",".join(TASKS), "--include_path", str(folder),
              "--output_path", str(folder / "out"), "--log_samples"]
   return subprocess.run(command, check=False, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=folder,
-                        env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=400)
+                        env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=SECONDS)
 
 
 def harness(folder: Path, python: str) -> Found:
