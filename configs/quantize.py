@@ -20,7 +20,8 @@ Fields worth knowing, beside those above:
   codec          rtn, hqq or gptq, with group=32, 64, 128 or 0, and grid=ct for compressed-tensors
   calibration.text, evaluation.text       your own UTF-8 files; without them, text of the installed packages
   calibration.tokens, evaluation.tokens   .npy of token ids, for checkpoints without tokenizer.json
-  calibration.sequences, evaluation.sequences, length, batch      how much of it
+  calibration.sequences, evaluation.sequences, length, batch      how much of it; no sequence
+                 is longer than the model has positions
   sequential     GPTQ sees the inputs that the quantized layers before it give
   export         copies: "('hf',)", "('compressed-tensors',)", "('compressed-tensors(width=4)',)"
 """
