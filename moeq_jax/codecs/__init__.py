@@ -76,7 +76,8 @@ class Codec:
 
     Args:
       w: `[K, N]` float32, finite (see `check_finite`).
-      bits: int32 scalar in `WIDTHS`; may be traced.
+      bits: int32 scalar in `WIDTHS`, or one of them for every group of every column, `[G, N]`, `[G, 1]` or `[1, N]`
+        (then a GPTQ code of a group depends on the widths of the groups before it); may be traced.
       moment: `[K, K]` float32, sum over tokens of `x x^T`; GPTQ needs it, the others ignore it.
       factor: what `factorise` made of the moment, in its place.
 

@@ -70,7 +70,7 @@ def encode(w: jax.Array, bits: jax.Array, moment: jax.Array | None, spec: Spec,
 
   Args:
     w: `[K, N]` float32, finite.
-    bits: int32 scalar in `grid.WIDTHS`; may be traced.
+    bits: int32 scalar in `grid.WIDTHS`, or one of them for every group, see `grid.per_group`; may be traced.
     moment: `[K, K]` float32, the sum over tokens of `x x^T`; its scale does not matter. Not read if `factor` is given.
     spec: static options.
     factor: of the moment, by `factorise`; for callers that encode at several widths, or column by column.
@@ -86,12 +86,13 @@ def encode(w: jax.Array, bits: jax.Array, moment: jax.Array | None, spec: Spec,
     factor = factorise(moment, spec)
   size, block = _sizes(rows, spec)
   slabs, valid = grid.split(w, size)
+  widths = grid.per_group(bits, len(slabs), w.shape[1])
   encoded, error = [], None
   for first, last in _panels(slabs.shape[0], size):
     panel = factor[:last * size, first * size:last * size]
     before = None if error is None else jnp.matmul(panel[:first * size].T, error, precision=_HIGHEST)
     mask = None if valid is None else valid[first:last]
-    own, parts = _encode_panel(slabs[first:last], mask, panel[first * size:], before, block, bits, spec)
+    own, parts = _encode_panel(slabs[first:last], mask, panel[first * size:], before, block, widths[first:last], spec)
     error = own if error is None else jnp.concatenate([error, own])
     encoded.append(parts)
   return grid.join(*(jnp.concatenate(parts) for parts in zip(*encoded)), rows=rows)
@@ -119,7 +120,8 @@ def _encode_panel(slabs: jax.Array, valid: jax.Array | None, factor: jax.Array, 
     factor: `[G g, G g]`, the panel's own part of R.
     before: `[G g, N]`, the sum in (1) over the rows before the panel; None where there are none.
     block: rows per block.
-    bits, spec: as for `encode`.
+    bits: `[G]` or `[G, 1, N]`.
+    spec: as for `encode`.
 
   Returns:
     errors `w - w_hat` `[G g, N]`; codes `[G, g, N]`, scale and zero `[G, 1, N]`, all float32.
@@ -128,7 +130,7 @@ def _encode_panel(slabs: jax.Array, valid: jax.Array | None, factor: jax.Array, 
   pulls = None if before is None else before.reshape(slabs.shape)
 
   def encode_group(error: jax.Array, group: tuple[Any, ...]) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    index, x, mask, pull = group
+    index, x, mask, pull, width = group
     panel = square = factor
     if groups > 1:
       panel = jax.lax.dynamic_slice_in_dim(factor, index * size, size, axis=1)
@@ -139,12 +141,12 @@ def _encode_panel(slabs: jax.Array, valid: jax.Array | None, factor: jax.Array, 
       inside = jnp.matmul(panel.T, error, precision=_HIGHEST)
       pull = inside if pull is None else pull + inside
       state = x + _solve_lower(square.T, pull)
-    scale, zero = grid.SEARCH[spec.grid](state, mask, bits)
-    codes, own = _encode_blocks(x, pull, square, block, (scale, zero, grid.top_code(bits)))
+    scale, zero = grid.SEARCH[spec.grid](state, mask, width)
+    codes, own = _encode_blocks(x, pull, square, block, (scale, zero, jnp.broadcast_to(grid.top_code(width), scale.shape)))
     return jax.lax.dynamic_update_slice_in_dim(error, own, index * size, axis=0), (codes, scale, zero)
 
   nothing = jnp.zeros((groups * size, columns), jnp.float32)
-  return jax.lax.scan(encode_group, nothing, (jnp.arange(groups), slabs, valid, pulls))
+  return jax.lax.scan(encode_group, nothing, (jnp.arange(groups), slabs, valid, pulls, bits))
 
 
 def factorise(moment: jax.Array, spec: Spec) -> jax.Array:
@@ -247,7 +249,7 @@ def _encode_blocks(
     pull: `[g, N]`, the sum in (1) over the rows before the group.
     square: `[g, g]`, the group's own part of R.
     block: rows per block; divides g.
-    levels: scale and zero `[1, N]`, and the largest code.
+    levels: scale, zero and the largest code, `[1, N]`.
 
   Returns:
     codes as float32 integers and errors `w - w_hat`, both `[g, N]`.
@@ -271,7 +273,7 @@ def _encode_rows(
     x: jax.Array, pull: jax.Array, square: jax.Array, levels: tuple[jax.Array, jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
   """Encodes a block row by row, each from (1); shapes as in `_encode_blocks`."""
-  scale, zero, top = levels[0][0], levels[1][0], levels[2]
+  scale, zero, top = (level[0] for level in levels)
 
   def encode_row(error: jax.Array, row: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
     index, weights, pulled, coefficients = row

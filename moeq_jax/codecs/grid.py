@@ -13,7 +13,9 @@ The grid has two kinds. `affine`, above, is free in scale and zero. `ct` is the 
 compressed-tensors format: the zero is exactly `2^(bits - 1)`, so that a weight is an integer from `-2^(bits - 1)` to
 `2^(bits - 1) - 1` times its scale, and only the scale is searched for.
 
-The number of bits is data: nothing here depends on it statically, and one compilation serves every width.
+The number of bits is data: nothing here depends on it statically, and one compilation serves every width. It is one
+number for the whole matrix, or one for every group of every column (`[G, N]`, or what broadcasts to it): the finest
+thing that can have a width of its own, because its codes share a scale.
 """
 
 from typing import NamedTuple
@@ -73,8 +75,23 @@ def infer_group(rows: int, groups: int) -> int:
   raise ValueError(f"{groups} scales per column fit no group size of {GROUPS} for a matrix of {rows} rows")
 
 
+def per_group(bits: jax.Array | int, groups: int, columns: int) -> jax.Array:
+  """The width of every group, to be scanned over: `[G]` of a scalar, `[G, 1, N]` of what broadcasts to `[G, N]`.
+
+  Raises:
+    ValueError: widths that are neither a scalar nor broadcast to `[G, N]`.
+  """
+  bits = jnp.asarray(bits, jnp.int32)
+  if bits.ndim == 0:
+    return jnp.full(groups, bits)
+  if bits.ndim != 2 or any(size not in (1, whole) for size, whole in zip(bits.shape, (groups, columns), strict=True)):
+    raise ValueError(f"widths of shape {bits.shape} for {groups} groups of {columns} columns: give one number, [G, 1],"
+                     " [1, N] or [G, N]")
+  return jnp.broadcast_to(bits, (groups, columns))[:, None]
+
+
 def top_code(bits: jax.Array) -> jax.Array:
-  """The largest code, `2^bits - 1`, as a float32 scalar."""
+  """The largest code, `2^bits - 1`, as float32 of the shape of `bits`."""
   return (jnp.left_shift(1, jnp.asarray(bits, jnp.int32)) - 1).astype(jnp.float32)
 
 
@@ -175,7 +192,7 @@ def search(x: jax.Array, valid: jax.Array | None, bits: jax.Array) -> tuple[jax.
   Args:
     x: `[g, N]` float32.
     valid: `[g, 1]` bool, false on padding, or `None`.
-    bits: int32 scalar.
+    bits: int32 scalar or `[1, N]`.
 
   Returns:
     scale and zero, `[1, N]` float32 holding bf16 values.

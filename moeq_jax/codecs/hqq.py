@@ -61,18 +61,21 @@ def encode(w: jax.Array, bits: jax.Array, moment: jax.Array | None, spec: Spec) 
 
   Args:
     w: `[K, N]` float32, finite.
-    bits: int32 scalar in `grid.WIDTHS`; may be traced.
+    bits: int32 scalar in `grid.WIDTHS`, or one of them for every group, see `grid.per_group`; may be traced.
     moment: not used.
     spec: static options.
   """
   del moment
 
-  def encode_group(slab: tuple[jax.Array, jax.Array | None]) -> tuple[jax.Array, jax.Array, jax.Array]:
-    x, valid = slab
+  slabs, valid = grid.split(w, spec.group)
+
+  def encode_group(group: tuple[jax.Array, jax.Array | None, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    x, valid, bits = group
     scale, zero = _zero_point(x, valid, bits, spec)
     return grid.quantize(x, scale, zero, grid.top_code(bits)), scale, zero
 
-  return grid.join(*jax.lax.map(encode_group, grid.split(w, spec.group)), rows=w.shape[0])
+  widths = grid.per_group(bits, len(slabs), w.shape[1])
+  return grid.join(*jax.lax.map(encode_group, (slabs, valid, widths)), rows=w.shape[0])
 
 
 def _zero_point(x: jax.Array, valid: jax.Array | None, bits: jax.Array, spec: Spec) -> tuple[jax.Array, jax.Array]:

@@ -71,3 +71,52 @@ def test_values_that_are_not_finite_are_named(value):
   w[1, 2, 3] = value
   with pytest.raises(ValueError, match=r"'experts\.0\.w1': 1 of 60 values .* first at \(1, 2, 3\)"):
     codecs.check_finite(w, "experts.0.w1")
+
+
+def _matrix(seed: int) -> tuple[np.ndarray, np.ndarray]:
+  """A weight `[96, 24]` and the second moment of correlated inputs."""
+  random = np.random.default_rng(seed)
+  inputs = random.standard_normal((200, 96)) @ random.standard_normal((96, 96))
+  return random.standard_normal((96, 24)).astype(np.float32), (inputs.T @ inputs).astype(np.float32)
+
+
+def _same(found: codecs.Encoded, wanted: codecs.Encoded) -> None:
+  for ours, theirs in zip(found, wanted, strict=True):
+    np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
+
+
+@pytest.mark.parametrize("text", SPECS)
+def test_columns_of_different_widths_are_those_of_uniform_encodings(text):
+  w, moment = _matrix(2)
+  encode = jax.jit(codecs.get(text).encode)
+  widths = np.resize([1, 2, 3, 4], 24)
+  mixed = encode(w, widths[None], moment)
+  uniform = {bits: encode(w, jnp.full((1, 24), bits), moment) for bits in (1, 2, 3, 4)}
+  _same(mixed, codecs.Encoded(*(np.stack([np.asarray(field)[:, n] for n, field in enumerate(fields)], 1)
+                                for fields in zip(*(uniform[bits] for bits in widths)))))
+  _same(uniform[3], encode(w, 3, moment))
+
+
+@pytest.mark.parametrize("text", SPECS[:2])
+def test_groups_of_different_widths_are_those_of_uniform_encodings(text):
+  w, moment = _matrix(3)
+  encode = jax.jit(codecs.get(text).encode)
+  mixed = encode(w, np.array([[3], [1], [4]]), moment)
+  for group, bits in enumerate((3, 1, 4)):
+    uniform, rows = encode(w, bits, moment), slice(32 * group, 32 * group + 32)
+    np.testing.assert_array_equal(mixed.codes[rows], uniform.codes[rows])
+    np.testing.assert_array_equal(mixed.scale[group], uniform.scale[group])
+
+
+def test_gptq_feeds_errors_back_between_groups_of_different_widths():
+  w, moment = _matrix(4)
+  found = {text: codecs.errors(w, codecs.get(text).encode(w, np.array([[1], [2], [4]]), moment), moment)[1]
+           for text in (SPECS[0], SPECS[2])}
+  assert found["gptq(group=32)"] < 0.8 * found["rtn(group=32)"]  # what the first groups lose, the last one makes up for
+
+
+def test_widths_of_another_shape_are_refused():
+  w, moment = _matrix(5)
+  for widths in (np.ones(24, int), np.ones((2, 24), int), np.ones((3, 23), int)):
+    with pytest.raises(ValueError, match="give one number"):
+      codecs.get("rtn(group=32)").encode(w, widths, moment)
