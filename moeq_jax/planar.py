@@ -16,6 +16,7 @@ import numpy as np
 
 WIDTHS = (1, 2, 3, 4, 8, 16)
 K_TILES = (768, 512, 256, 128, 64)
+SMALL_TILES = (32, 16)  # for K-blocks of fewer rows than the smallest K-tile
 GROUPS = (32, 64, 128)
 
 
@@ -45,7 +46,8 @@ def layout(K: int, N: int, group: int, k_blocks: int = 1, stripes: int = 1) -> L
 
   Returns:
     The layout with the largest K-tile that divides the K-block and in which every field of every width holds whole
-    groups or a whole fraction of one. The K-block is K / k_blocks padded to whole smallest tiles and whole groups.
+    groups or a whole fraction of one. The K-block is K / k_blocks padded to whole smallest tiles and whole groups; the
+    smallest tile has 64 rows, or 16 where several K-blocks have fewer.
 
   Raises:
     ValueError: unknown group, or a block without rows or columns.
@@ -53,12 +55,14 @@ def layout(K: int, N: int, group: int, k_blocks: int = 1, stripes: int = 1) -> L
   one = group == 0 or group >= K
   if not one and group not in GROUPS:
     raise ValueError(f"group {group}: choose one of {GROUPS}, or 0 for one group over all of K = {K}")
-  unit = K_TILES[-1] if one else math.lcm(K_TILES[-1], group)
+  small = k_blocks > 1 and -(-K // k_blocks) < K_TILES[-1]
+  sizes = K_TILES + SMALL_TILES if small else K_TILES
+  unit = sizes[-1] if one else math.lcm(sizes[-1], group)
   k_block = -(-K // (k_blocks * unit)) * unit
   stripe = -(-N // stripes)
   if (k_blocks - 1) * k_block >= K or (stripes - 1) * stripe >= N:
     raise ValueError(f"{k_blocks} blocks of {k_block} rows, {stripes} of {stripe} columns: one is empty at {(K, N)}")
-  tiles = [t for t in K_TILES if k_block % t == 0 and (one or aligned(t, group))]
+  tiles = [t for t in sizes if k_block % t == 0 and (one or aligned(t, group))]
   return Layout(K if one else group, tiles[0], k_block, stripe)
 
 

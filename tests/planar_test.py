@@ -21,7 +21,7 @@ def by_definition(codes: np.ndarray, bits: int, k_tile: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
-@pytest.mark.parametrize(("k_tile", "tiles"), [(64, 1), (64, 3), (256, 2)])
+@pytest.mark.parametrize(("k_tile", "tiles"), [(16, 2), (32, 1), (64, 1), (64, 3), (256, 2)])
 def test_bytes_are_where_the_definition_says(bits: int, k_tile: int, tiles: int):
   codes = np.random.default_rng(0).integers(0, 2**bits, (k_tile * tiles, 5)).astype(np.uint8)
   raw = planar.encode(codes, bits, k_tile)
@@ -53,8 +53,20 @@ def test_blocks_hold_whole_tiles_and_groups(K: int, group: int, k_blocks: int):
     assert all(k % group == 0 or group % k == 0 for k in [size.k_tile * bits // 8 for bits in (1, 2, 4)] if k < group)
 
 
+@pytest.mark.parametrize(("K", "group", "k_blocks", "k_tile", "k_block"), [
+  (256, 32, 8, 32, 32), (256, 0, 16, 16, 16), (1536, 32, 48, 32, 32), (256, 64, 4, 64, 64), (256, 128, 2, 128, 128),
+  (96, 64, 3, 64, 64)])
+def test_small_blocks_have_small_tiles(K: int, group: int, k_blocks: int, k_tile: int, k_block: int):
+  if k_block * (k_blocks - 1) >= K:
+    with pytest.raises(ValueError, match="one is empty"):
+      planar.layout(K, 10, group, k_blocks)
+  else:
+    size = planar.layout(K, 10, group, k_blocks)
+    assert (size.k_tile, size.k_block) == (k_tile, k_block)
+
+
 @pytest.mark.parametrize(("arguments", "said"), [
-  ((256, 10, 48), "group 48: choose one of"), ((256, 10, -1), "group -1"), ((64, 10, 0, 2), "one is empty"),
+  ((256, 10, 48), "group 48: choose one of"), ((256, 10, -1), "group -1"), ((17, 10, 0, 3), "one is empty"),
   ((64, 4, 0, 1, 3), "one is empty")])
 def test_impossible_layouts_are_named(arguments: tuple[int, ...], said: str):
   with pytest.raises(ValueError, match=said):

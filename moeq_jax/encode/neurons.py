@@ -1,0 +1,147 @@
+"""Experts in blocks of neurons, each block with widths of its own.
+
+The F neurons of an expert can be put into any order: columns of gate and up, and rows of down alike. The expert computes
+the same, so the order costs nothing when it runs. Sorted by how sensitive they are, neurons that need the same width lie
+together, and a block of them is a unit that storage and kernels know: a stripe of columns of gate and up, a K-block of
+rows of down (`qtensor.py`).
+
+  gate, up [D, F]   F in NB stripes          down [F, D]   F in NB K-blocks of whole scale groups
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moeq_jax import artifacts, codecs, qtensor
+
+BLOCKS = (16, 32, 64, 128)  # neurons of a block
+
+
+def order(sensitivity: np.ndarray) -> np.ndarray:
+  """The neurons of every expert, the most sensitive first (ties: the lower index): `[E, F]` -> `[E, F]` int64.
+
+  Raises:
+    ValueError: a sensitivity that is not a number.
+  """
+  if np.isnan(sensitivity).any():
+    expert, neuron = (int(i) for i in np.argwhere(np.isnan(sensitivity))[0])
+    raise ValueError(f"the sensitivity of neuron {neuron} of expert {expert} is not a number; calibrate again")
+  return np.argsort(-np.asarray(sensitivity, np.float64), axis=1, kind="stable")
+
+
+def sort_experts(experts: Mapping[str, Any], orders: np.ndarray) -> dict[str, np.ndarray]:
+  """The experts of a layer with their neurons in another order; they compute the same.
+
+  Args:
+    experts: `{projection: [E, K, N]}`.
+    orders: `[E, F]`, a permutation for every expert.
+  """
+  axis = {"gate": orders[:, None, :], "up": orders[:, None, :], "down": orders[:, :, None]}
+  return {name: np.take_along_axis(np.asarray(w), axis[name], axis=1 if name == "down" else 2)
+          for name, w in experts.items()}
+
+
+def sort_stats(stats: artifacts.Stats, orders: Sequence[np.ndarray]) -> artifacts.Stats:
+  """What calibration would have seen of the sorted experts; `orders` is `[L, E, F]`."""
+  orders, sorted_fields = np.asarray(orders), {}
+  if stats.moment_mid is not None:
+    rows = np.take_along_axis(stats.moment_mid, orders[..., :, None], axis=2)
+    sorted_fields["moment_mid"] = np.take_along_axis(rows, orders[..., None, :], axis=3)
+  for name in ("grad_sq_gate", "grad_sq_up"):
+    if (values := getattr(stats, name)) is not None:
+      sorted_fields[name] = np.take_along_axis(values, orders, axis=2)
+  return dataclasses.replace(stats, **sorted_fields)
+
+
+def down_block(block: int, group: int) -> int:
+  """Rows of down that have one width: a block of neurons, but at least a scale group.
+
+  Raises:
+    ValueError: a block that is not in `BLOCKS`, or no scale group of its own for blocks (`group = 0`).
+  """
+  if block not in BLOCKS:
+    raise ValueError(f"block={block!r} is not one of {BLOCKS} neurons")
+  if not group:
+    raise ValueError("group=0: one scale over all rows of down leaves its blocks without scales of their own; take"
+                     " group=32, 64 or 128")
+  return max(block, group)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(codec: codecs.Codec, w: jax.Array, bits: jax.Array, moment: jax.Array | None) -> codecs.Encoded:
+  return jax.vmap(codec.encode, in_axes=(0, 0, None if moment is None else 0))(w, bits, moment)
+
+
+def encode_layer(experts: Mapping[str, Any], bits: Mapping[str, np.ndarray], moments: Mapping[str, Any], *,
+                 codec: codecs.Codec) -> dict[str, tuple[codecs.Encoded, np.ndarray]]:
+  """Encodes a layer's sorted experts at the widths of a plan.
+
+  Args:
+    experts: `{projection: [E, K, N]}`, sorted, finite.
+    bits: `{projection: [E, NB]}`, the width of every block; NB may differ between projections.
+    moments: `{projection: [E, K, K]}` second moments of the inputs, of the sorted experts; read by codecs with data.
+    codec: the codec; GPTQ feeds errors of one block back into the next, whatever their widths.
+
+  Returns:
+    `{projection: (codes, widths [E, KB, NS])}`, what `pack_layer` takes.
+
+  Raises:
+    ValueError: a number of blocks that does not divide the neurons, or K-blocks of down that cut a scale group.
+  """
+  found = {}
+  for name, w in experts.items():
+    w, wanted = jnp.asarray(w, jnp.float32), np.asarray(bits[name], np.int32)
+    codec.check_widths(np.unique(wanted).tolist())
+    codecs.check_finite(w, name)
+    rows, columns = w.shape[1:]
+    _check_blocks(name, rows if name == "down" else columns, wanted, codec.group)
+    if name == "down":
+      groups = np.repeat(wanted, rows // wanted.shape[1] // (codec.group or rows), axis=1)[:, :, None]
+    else:
+      groups = np.repeat(wanted, columns // wanted.shape[1], axis=1)[:, None, :]
+    moment = jnp.asarray(moments[name], jnp.float32) if codec.needs_moment else None
+    found[name] = (jax.tree.map(np.asarray, _encode(codec, w, jnp.asarray(groups), moment)),
+                   wanted[:, :, None] if name == "down" else wanted[:, None, :])
+  return found
+
+
+def _check_blocks(name: str, neurons: int, bits: np.ndarray, group: int) -> None:
+  blocks = bits.shape[1]
+  if neurons % blocks:
+    raise ValueError(f"{name}: {blocks} blocks do not divide {neurons} neurons; choose another block size")
+  if name == "down" and blocks > 1 and (not group or (neurons // blocks) % group):
+    raise ValueError(f"down: blocks of {neurons // blocks} neurons cut a scale group of {group or neurons} rows; take"
+                     " larger blocks, or a smaller group")
+
+
+def pack_layer(encoded: Mapping[str, tuple[codecs.Encoded, np.ndarray]], group: int, *,
+               most: int | None = None) -> dict[str, qtensor.QTensor]:
+  """Packs what `encode_layer` gave.
+
+  Args:
+    encoded: by projection.
+    group: rows of K that share a scale.
+    most: bits to which buffers are padded, so that one compiled program serves every plan; None: exact buffers.
+  """
+  packed = {}
+  for name, (codes, bits) in encoded.items():
+    capacity = None if most is None else qtensor.packed_rows(np.full_like(bits, most), codes.codes.shape, group)
+    packed[name] = qtensor.pack(codes.codes, bits, codes.scale, codes.zero, group=group, capacity=capacity)
+  return packed
+
+
+def order_bits(hidden: int, projections: int) -> float:
+  """Bits per expert weight of the order of the neurons, were it kept beside them: 16 bits a neuron.
+
+  Args:
+    hidden: D; a neuron has D weights in every projection.
+    projections: P.
+
+  It is not read when the experts run, and only whoever wants the neurons back in their first order needs it.
+  """
+  return 16 / (hidden * projections)
