@@ -57,9 +57,15 @@ def _quantize(config: config_dict.ConfigDict, workdir: Path) -> None:
   task.run(config, workdir)
 
 
+def _theory(config: config_dict.ConfigDict, workdir: Path) -> None:
+  from moeq_jax import theory_run
+
+  theory_run.run(config, workdir)
+
+
 # What `config.task` may name.
 TASKS: dict[str, Callable[[config_dict.ConfigDict, Path], None]] = {
-    "pretrain": _pretrain, "compare": _compare, "quantize": _quantize}
+    "pretrain": _pretrain, "compare": _compare, "quantize": _quantize, "theory": _theory}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,248 @@
+"""The tables of the task `theory`: means and 95% intervals over seeds, from the rows that `theory_run.py` describes."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from moeq_jax.theory import quantization, two_layer
+
+Row = Mapping[str, Any]
+QUANTIZERS = {"common": "common step", "row": "per row"}
+HIGH_RESOLUTION = range(quantization.LEVELS.index(16), len(quantization.LEVELS))  # 4 bits and more
+LOW_RESOLUTION = range(quantization.LEVELS.index(4), quantization.LEVELS.index(8) + 1)  # 2 to 3 bits
+RESAMPLES = 1000
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Statistics
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def by_spec(rows: Iterable[Row]) -> dict[str, list[Row]]:
+  """The rows of seeds, by setting, in the order of their first appearance."""
+  found: dict[str, list[Row]] = {}
+  for row in rows:
+    if row["kind"] == "seed":
+      found.setdefault(row["spec"], []).append(row)
+  return found
+
+
+def mean_and_half_width(values: Iterable[float | None]) -> tuple[float, float] | None:
+  """Mean and half width of Student's 95% interval; None for fewer than two values that are not None."""
+  known = np.array([v for v in values if v is not None], np.float64)
+  if len(known) < 2:
+    return None
+  return float(known.mean()), float(stats.t.ppf(0.975, len(known) - 1) * known.std(ddof=1) / math.sqrt(len(known)))
+
+
+def resampled(rows: Sequence[Row], statistic: Callable[[Sequence[Row]], float]) -> tuple[float, float]:
+  """`statistic` of the rows, and half the width of the middle 95% of its bootstrap over seeds."""
+  rng = np.random.default_rng(0)
+  draws = [statistic([rows[i] for i in rng.integers(len(rows), size=len(rows))]) for _ in range(RESAMPLES)]
+  low, high = np.nanpercentile(draws, [2.5, 97.5])
+  return statistic(rows), float(high - low) / 2
+
+
+def predicted_ratio(setting: two_layer.Setting) -> float:
+  """(1 - alpha) / alpha."""
+  return (1 - setting.alpha) / setting.alpha
+
+
+def log_ratio(row: Row, learned: bool) -> float:
+  """log2 of the activation of the frequent experts over that of the rare ones; `learned`: of what training added."""
+  frequent, rare = (row[f"activation_{k}"] - learned * row[f"activation_{k}_before"] for k in ("frequent", "rare"))
+  return math.log2(frequent / rare) if frequent > 0 and rare > 0 else math.nan
+
+
+def shift(rows: Sequence[Row], quantizer: str, widths: Iterable[int]) -> float:
+  """By how many bits rare experts lag behind frequent ones.
+
+  The mean over the widths of log2(E_rare / E_frequent), where E is the root mean square of the relative error of
+  h_s(own token) over seeds: each bit halves a rounding error, so a factor 2 at one width is a shift by one bit.
+  """
+  def root(kind: str, width: int) -> float:
+    return math.sqrt(np.mean([v for row in rows if (v := row[f"square_{quantizer}_{kind}_{width:02d}"]) is not None]))
+
+  return float(np.mean([math.log2(root("rare", w) / root("frequent", w)) for w in widths]))
+
+
+def slope(rows: Mapping[int, Sequence[Row]], field: str) -> float:
+  """Slope of log(mean of `field` over seeds) against log d, for rows by d; NaN if a mean is not positive."""
+  means = [np.mean([row[field] for row in rows[d]]) for d in sorted(rows)]
+  return float(np.polyfit(np.log(sorted(rows)), np.log(means), 1)[0]) if min(means) > 0 else math.nan
+
+
+def slope_and_half_width(rows: Mapping[int, Sequence[Row]], field: str) -> tuple[float, float]:
+  """`slope`, and half the width of the middle 95% of its bootstrap over the seeds of each d."""
+  rng = np.random.default_rng(0)
+  draws = [slope({d: [r[i] for i in rng.integers(len(r), size=len(r))] for d, r in rows.items()}, field)
+           for _ in range(RESAMPLES)]
+  low, high = np.nanpercentile(draws, [2.5, 97.5]) if np.isfinite(draws).any() else (math.nan, math.nan)
+  return slope(rows, field), float(high - low) / 2
+
+
+def families(rows: Iterable[Row]) -> dict[str, dict[int, list[Row]]]:
+  """Settings that differ in d only, as in the sweep of d: name -> d -> rows of seeds.
+
+  Routers that begin with the same norm at every d (`router_init` falls as 1 / sqrt(d)) are a family of their own.
+  """
+  found: dict[str, dict[int, list[Row]]] = {}
+  for spec, members in by_spec(rows).items():
+    setting = two_layer.Setting.parse(spec)
+    scaled = math.isclose(setting.router_init, 0.01 * (1024 / setting.dim) ** 0.5, rel_tol=1e-3)
+    for equal_norm in (True, False):
+      if scaled if equal_norm else setting.router_init == 0.01:
+        stop = "first 100%" if setting.margin == 0 else f"margin {setting.margin:g}"
+        name = f"{setting.design}, alpha {setting.alpha:g}, {stop}{', equal router norm at the start' * equal_norm}"
+        found.setdefault(name, {})[setting.dim] = members
+  return {name: by_dim for name, by_dim in found.items() if len(by_dim) > 2}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _show(pair: tuple[float, float] | None, digits: int = 2) -> str:
+  """`1.23 ± 0.04`."""
+  return "none" if pair is None or math.isnan(pair[0]) else f"{pair[0]:.{digits}f} ± {pair[1]:.{digits}f}"
+
+
+def _mean(rows: Sequence[Row], field: str, digits: int = 2) -> str:
+  return _show(mean_and_half_width(row[field] for row in rows), digits)
+
+
+def _share(rows: Sequence[Row], field: str) -> str:
+  return f"{sum(row[field] for row in rows)}/{len(rows)}"
+
+
+def _factor(pair: tuple[float, float] | None) -> str:
+  """A mean of log2 and its half width as a geometric mean and its interval."""
+  if pair is None or math.isnan(pair[0]):
+    return "none"
+  middle, half = pair
+  return f"{2**middle:.2f} ({2 ** (middle - half):.2f} to {2 ** (middle + half):.2f})"
+
+
+def _ratio(rows: Sequence[Row], learned: bool) -> str:
+  return _factor(mean_and_half_width([log_ratio(row, learned) for row in rows]))
+
+
+def learning(rows: Iterable[Row]) -> list[list[str]]:
+  """(ii), (iii): Lambda and activations of every setting."""
+  table = [["setting", "steps", "activation frequent", "activation rare", "ratio (95%)", "ratio learned (95%)",
+            "theory", "Lambda frequent", "Lambda rare", "Lambda irrelevant", "rare < frequent", "irrelevant < rare"]]
+  for spec, members in by_spec(rows).items():
+    table.append([
+        f"`{spec}`", f"{np.mean([r['steps'] for r in members]):.0f}", _mean(members, "activation_frequent", 3),
+        _mean(members, "activation_rare", 3), _ratio(members, False), _ratio(members, True),
+        f"{predicted_ratio(two_layer.Setting.parse(spec)):.0f}", *(_mean(members, f"lambda_{k}", 4) for k in
+                                                                   ("frequent", "rare", "irrelevant")),
+        _share(members, "lambda_order"), _share(members, "lambda_irrelevant_below")])
+  return table
+
+
+def _quantized(rows: Iterable[Row]) -> dict[str, list[Row]]:
+  return {spec: members for spec, members in by_spec(rows).items() if "max_variance_ratio" in members[0]}
+
+
+def shifts(rows: Iterable[Row]) -> list[list[str]]:
+  """(iv): the shift in bits between rare and frequent experts."""
+  table = [["setting", "MaxVar ratio", "of relevant", "theory", "log2 of ratio found", "common step, 4-8 bits",
+            "common step, 2-3 bits", "per row, 4-8 bits", "per row, 2-3 bits"]]
+  for spec, members in _quantized(rows).items():
+    found = [_show(resampled(members, lambda r, q=q, w=w: shift(r, q, w)))
+             for q in QUANTIZERS for w in (HIGH_RESOLUTION, LOW_RESOLUTION)]
+    realised = mean_and_half_width([log_ratio(row, learned=False) for row in members])
+    table.append([f"`{spec}`", _mean(members, "max_variance_ratio"), _mean(members, "max_variance_ratio_relevant"),
+                  f"{math.log2(predicted_ratio(two_layer.Setting.parse(spec))):.2f}", _show(realised), *found])
+  return table
+
+
+def needs(rows: Iterable[Row]) -> list[list[str]]:
+  """(v): the bits that experts of one kind need if they alone are quantized, and where the errors fall."""
+  table = [["setting", "quantizer", "rare alone", "frequent alone", "irrelevant alone", "every expert",
+            "wrong inputs with the rare token, frequent alone"]]
+  for spec, members in _quantized(rows).items():
+    for quantizer, name in QUANTIZERS.items():
+      wrong = mean_and_half_width(row[f"wrong_rare_{quantizer}"] for row in members)
+      table.append([f"`{spec}`", name, *(_mean(members, f"need_{quantizer}_{kind}") for kind in
+                                         ("rare", "frequent", "irrelevant", "every")),
+                    "no errors" if wrong is None else f"{100 * wrong[0]:.0f}%"])
+  return table
+
+
+def noises(rows: Iterable[Row]) -> list[list[str]]:
+  """(v): the error of y f on inputs with the rare token, as a share of their median margin."""
+  table = [["setting", "quantizer", "bits", "rare experts: own token", "rare experts: cross-talk",
+            "frequent experts: own token", "frequent experts: cross-talk"]]
+  for spec, members in _quantized(rows).items():
+    for quantizer, name in QUANTIZERS.items():
+      for bits in (2, 4):
+        shares = [_show(mean_and_half_width(_noise_share(row, quantizer, kind, source, bits) for row in members))
+                  for kind in ("rare", "frequent") for source in ("own", "cross")]
+        table.append([f"`{spec}`", name, str(bits), *shares])
+  return table
+
+
+def _noise_share(row: Row, quantizer: str, kind: str, source: str, bits: int) -> float | None:
+  noise, margin = row[f"noise_{quantizer}_{kind}_{source}_{bits}"], row["margin_rare"]
+  return None if noise is None or not margin else noise / margin
+
+
+def savings(rows: Iterable[Row]) -> list[list[str]]:
+  """(v): how far b_l may fall below b_h, by the rule (small Lambda high) and by its reverse."""
+  table = [["setting", "quantizer", "theory", "own-token error only: rule", "reverse", "cross-talk only: rule", "reverse",
+            "both: rule", "reverse", "both, irrelevant experts ranked too: rule", "reverse"]]
+  for spec, members in _quantized(rows).items():
+    for quantizer, name in QUANTIZERS.items():
+      found = [_mean(members, f"saved_{quantizer}_{case}_{order}") for case in
+               ("relevant_own", "relevant_cross", "relevant_all", "all_all") for order in ("small", "large")]
+      table.append([f"`{spec}`", name, f"{math.log2(predicted_ratio(two_layer.Setting.parse(spec))):.2f}", *found])
+  return table
+
+
+def averages(rows: Iterable[Row]) -> list[list[str]]:
+  """(v): the least average bits of an error-free pair of widths."""
+  table = [["setting", "quantizer", "relevant: equal widths", "rule", "reverse", "rule - reverse, paired",
+            "all eight ranked: equal widths", "rule", "reverse", "rule - reverse, paired"]]
+  for spec, members in _quantized(rows).items():
+    for quantizer, name in QUANTIZERS.items():
+      line = [f"`{spec}`", name]
+      for case in (f"{quantizer}_relevant_all", f"{quantizer}_all_all"):
+        pairs = [(r[f"average_{case}_small"], r[f"average_{case}_large"]) for r in members]
+        line += [_mean(members, f"uniform_{case}"), *(_mean(members, f"average_{case}_{o}") for o in ("small", "large")),
+                 _show(mean_and_half_width(a - b for a, b in pairs if a is not None and b is not None))]
+      table.append(line)
+  return table
+
+
+def dimensions(rows: Iterable[Row]) -> list[list[str]]:
+  """(i): Lambda against d, with the slopes of log Lambda against log d."""
+  kinds = ("frequent", "rare", "irrelevant")
+  table = [["family", "d", "router norm at the start", *(f"Lambda {k}" for k in kinds)]]
+  for name, by_dim in families(rows).items():
+    for dim in sorted(by_dim):
+      table.append([name, str(dim), f"{np.mean([r['router_norm_before'] for r in by_dim[dim]]):.3f}",
+                    *(_mean(by_dim[dim], f"lambda_{k}", 4) for k in kinds)])
+    table.append([name, "slope", "", *(_show(slope_and_half_width(by_dim, f"lambda_{k}")) for k in kinds)])
+  return table
+
+
+TABLES = {"learning": learning, "dimensions": dimensions, "shifts": shifts, "needs": needs, "noises": noises,
+          "savings": savings, "averages": averages}
+
+
+def markdown(table: Sequence[Sequence[str]]) -> str:
+  """A table in markdown; the first line is its head."""
+  head, *body = [f"| {' | '.join(line)} |" for line in table]
+  return "\n".join([head, "|" + "---|" * len(table[0]), *body])
+
+
+def text(rows: Sequence[Row]) -> str:
+  """All tables, each under its name and what it shows."""
+  return "\n\n".join(f"## {name}\n\n{function.__doc__}\n\n{markdown(function(rows))}"
+                     for name, function in TABLES.items()) + "\n"
