@@ -1,9 +1,10 @@
 """Does the theory of arXiv 2604.06515 hold in the model it speaks of?
 
 Claims under test, all for a two-layer expert-choice MoE (docs/theory.md has the model and the results): (i) Lambda of
-irrelevant experts falls like 1 / sqrt(d); (ii) Lambda orders the relevant experts by the frequency of their token; (iii)
-so do their activations, in the ratio (1 - alpha) / alpha; (iv) the experts of rare tokens need log2((1 - alpha) / alpha)
-more bits for the same relative error; (v) with them at b_h and the others that much lower no input is wrong.
+irrelevant experts falls like 1 / sqrt(d); (ii) Lambda orders the relevant experts by the frequency of their token;
+(iii) so do their activations, in the ratio (1 - alpha) / alpha; (iv) the experts of rare tokens need
+log2((1 - alpha) / alpha) more bits for the same relative error; (v) with them at b_h and the others that much lower no
+input is wrong.
 
 Command:   ./launch.sh run --config=experiments/theory.py --workdir=runs/theory
 Hardware:  2 CPU cores, 2 GiB
@@ -36,12 +37,13 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
       *(f"A(alpha={alpha})" for alpha in ALPHAS),
       *(f"B(alpha={alpha}, dim=2048)" for alpha in ALPHAS[1:]),  # nearer to equal MaxVar
   )
-  # Lambda against d: to the first 100%, to a margin of 0.05, and that again with routers of equal norm at the start; and
-  # one training that goes on long after the hinge saturated.
+  # Lambda against d: to the first 100%, to a margin of 0.05, and that again with routers of equal norm at the start;
+  # and one training that goes on long after the hinge saturated.
   config.trained = (
       *(f"B(alpha=0.1, dim={dim})" for dim in DIMS[:-2]),
       *(f"B(alpha=0.1, dim={dim}, margin=0.05)" for dim in DIMS if dim != 1024),
-      *(f"B(alpha=0.1, dim={dim}, margin=0.05, router_init={0.01 * (1024 / dim) ** 0.5:.6f})" for dim in (128, 512, 2048)),
+      *(f"B(alpha=0.1, dim={dim}, margin=0.05, router_init={0.01 * (1024 / dim) ** 0.5:.6f})"
+        for dim in (128, 512, 2048)),
       "B(alpha=0.1, margin=0.5)",
   )
   if arg.smoke:

@@ -88,8 +88,9 @@ def measure(spec: str, setting: two_layer.Setting, config: ml_collections.Config
   trained = two_layer.train(setting, range(config.seeds), config.test, config.every, config.most,
                             lambda note: advance(f"{spec}: {note}", steps=0))
   if not trained.reached.all():
-    raise ValueError(f"{spec}: seeds {np.flatnonzero(~trained.reached).tolist()} did not reach margin {setting.margin} in "
-                     f"config.most={config.most} steps; more steps, a smaller margin, or fewer tokens")
+    late = np.flatnonzero(~trained.reached).tolist()
+    raise ValueError(f"{spec}: seeds {late} did not reach margin {setting.margin} in config.most={config.most} steps; "
+                     "more steps, a smaller margin, or fewer tokens")
   rows, grids = [], {}
   for seed in range(config.seeds):
     before, after = (jax.tree.map(lambda a, n=seed: a[n], p) for p in (trained.before, trained.after))

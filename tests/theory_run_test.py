@@ -49,8 +49,8 @@ def test_with_own_errors_alone_no_pair_is_worse_than_its_lower_width_suggests(wo
       assert squares[-1] < squares[6] < max(squares[:3])
 
 
-def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(workdir: Path, config: ml_collections.ConfigDict, tmp_path: Path,
-                                                           monkeypatch: pytest.MonkeyPatch):
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
+    workdir: Path, config: ml_collections.ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
   whole = (workdir / "rows.jsonl").read_bytes()
   rows = results.read(workdir / "rows.jsonl")
   last = rows[-1]["spec"]

@@ -195,8 +195,8 @@ def _noise_share(row: Row, quantizer: str, kind: str, source: str, bits: int) ->
 
 def savings(rows: Iterable[Row]) -> list[list[str]]:
   """(v): how far b_l may fall below b_h, by the rule (small Lambda high) and by its reverse."""
-  table = [["setting", "quantizer", "theory", "own-token error only: rule", "reverse", "cross-talk only: rule", "reverse",
-            "both: rule", "reverse", "both, irrelevant experts ranked too: rule", "reverse"]]
+  table = [["setting", "quantizer", "theory", "own-token error only: rule", "reverse", "cross-talk only: rule",
+            "reverse", "both: rule", "reverse", "both, irrelevant experts ranked too: rule", "reverse"]]
   for spec, members in _quantized(rows).items():
     for quantizer, name in QUANTIZERS.items():
       found = [_mean(members, f"saved_{quantizer}_{case}_{order}") for case in
@@ -214,7 +214,8 @@ def averages(rows: Iterable[Row]) -> list[list[str]]:
       line = [f"`{spec}`", name]
       for case in (f"{quantizer}_relevant_all", f"{quantizer}_all_all"):
         pairs = [(r[f"average_{case}_small"], r[f"average_{case}_large"]) for r in members]
-        line += [_mean(members, f"uniform_{case}"), *(_mean(members, f"average_{case}_{o}") for o in ("small", "large")),
+        line += [*(_mean(members, field) for field in
+                   (f"uniform_{case}", f"average_{case}_small", f"average_{case}_large")),
                  _show(mean_and_half_width(a - b for a, b in pairs if a is not None and b is not None))]
       table.append(line)
   return table

@@ -12,9 +12,7 @@ from moeq_jax.theory import quantization, two_layer
 
 Row = Mapping[str, Any]
 COLORS = {"frequent": "#00507d", "rare": "#c24e00", "irrelevant": "#7a7a7a"}
-# Settings that stand together in a figure: a marker, a colour and a name for design, margin and d.
-GROUPS = {("A", 0.0, 1024): ("o", "#009e73", "A, first 100%"), ("B", 0.0, 1024): ("s", "#00507d", "B, first 100%"),
-          ("B", 0.05, 1024): ("^", "#56b4e9", "B, margin 0.05"), ("B", 0.0, 2048): ("D", "#cc79a7", "B, d = 2048")}
+LOOKS = (("o", "#00507d"), ("^", "#56b4e9"), ("s", "#c24e00"), ("D", "#009e73"), ("v", "#a3417a"), ("P", "#7a7a7a"))
 REGION = "B(alpha=0.1, margin=0.05)"
 
 
@@ -25,24 +23,23 @@ def pictures(rows: Sequence[Row]) -> list[figures.Picture]:
     return [picture for picture in made if picture is not None]
 
 
-def _grouped(rows: Iterable[Row]) -> dict[tuple[str, float, int], list[tuple[two_layer.Setting, list[Row]]]]:
-  """Settings that were quantized, by the keys of `GROUPS`."""
-  found: dict = {key: [] for key in GROUPS}
+def _grouped(rows: Iterable[Row]) -> dict[str, list[tuple[two_layer.Setting, list[Row]]]]:
+  """Settings that were quantized and differ in alpha only, by a name."""
+  found: dict[str, list] = {}
   for spec, members in theory.by_spec(rows).items():
-    setting = two_layer.Setting.parse(spec)
-    key = setting.design, setting.margin, setting.dim
-    if key in found and "max_variance_ratio" in members[0]:
-      found[key].append((setting, members))
-  return {key: members for key, members in found.items() if members}
+    if "max_variance_ratio" in members[0]:
+      setting = two_layer.Setting.parse(spec)
+      stop = "first 100%" if setting.margin == 0 else f"margin {setting.margin:g}"
+      found.setdefault(f"{setting.design}, d = {setting.dim}, {stop}", []).append((setting, members))
+  return found
 
 
-def _points(axes, key: tuple[str, float, int], x: Sequence[float], found: Sequence[tuple[float, float]],
-            offset: float = 0.0, filled: bool = True) -> None:
-  """Means with their intervals in a group's marker and colour."""
-  marker, color, name = GROUPS[key]
+def _points(axes, number: int, name: str, x: Sequence[float], found: Sequence[tuple[float, float]]) -> None:
+  """Means with their intervals, in the look of group `number` and a little beside the others."""
+  marker, color = LOOKS[number % len(LOOKS)]
   middle, half = zip(*found, strict=True)
-  axes.errorbar(np.array(x) + offset, middle, yerr=half, fmt=marker, color=color, label=name, markersize=6, capsize=2,
-                markerfacecolor=color if filled else "white", linewidth=1.2, zorder=3)
+  axes.errorbar(np.array(x) + 0.05 * (number - 1.5), middle, yerr=half, fmt=marker, color=color, label=name,
+                markersize=6, capsize=2, linewidth=1.2, zorder=3)
 
 
 def activation(rows: Sequence[Row]) -> figures.Picture | None:
@@ -52,15 +49,14 @@ def activation(rows: Sequence[Row]) -> figures.Picture | None:
     return None
   fig = figure.Figure(figsize=(12.5, 4.6), layout="constrained")
   panels = fig.subplots(1, 3)
-  for number, (key, members) in enumerate(grouped.items()):
+  for number, (name, members) in enumerate(grouped.items()):
     x = [math.log2(theory.predicted_ratio(setting)) for setting, _ in members]
-    offset = 0.05 * (number - (len(grouped) - 1) / 2)
     ratios = [theory.mean_and_half_width([theory.log_ratio(r, learned=False) for r in found]) for _, found in members]
-    _points(panels[0], key, x, [pair or (math.nan, math.nan) for pair in ratios], offset)
+    _points(panels[0], number, name, x, [pair or (math.nan, math.nan) for pair in ratios])
     for axes, quantizer in zip(panels[1:], theory.QUANTIZERS, strict=True):
       found = [theory.resampled(part, lambda r, q=quantizer: theory.shift(r, q, theory.HIGH_RESOLUTION))
                for _, part in members]
-      _points(axes, key, x, found, offset)
+      _points(axes, number, name, x, found)
   for axes in panels:
     axes.plot([1.5, 4.6], [1.5, 4.6], color="#000000", linewidth=1.2, linestyle="--", label="theory")
     axes.set(xlabel="log2((1 - alpha) / alpha)", ylim=(-0.6, 5.2))

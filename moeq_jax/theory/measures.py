@@ -76,7 +76,9 @@ def row(before: two_layer.Params, after: two_layer.Params, setting: two_layer.Se
     found[f"margin_{kind}"] = _number(np.median(margin[inputs]) if inputs.any() else np.nan)
     found[f"margin_{kind}_least"] = _number(margin[inputs].min() if inputs.any() else np.nan)
   found["proficiency_irrelevant_frequent"] = _number(skill[kinds["irrelevant"]][:, ~setting.features()[1]].max())
-  return found | {"error": float((margin <= 0).mean()), "error_without_irrelevant": without_irrelevant(after, setting, test)}
+  found["error"] = float((margin <= 0).mean())
+  found["error_without_irrelevant"] = without_irrelevant(after, setting, test)
+  return found
 
 
 def _number(value: float) -> float | None:

@@ -50,12 +50,15 @@ def errors(outputs: np.ndarray, labels: np.ndarray, high: np.ndarray, low: np.nd
 
 @dataclasses.dataclass(frozen=True)
 class Savings:
-  """What a grid of errors says about one order, in bits; None where no width on the grid is free of errors.
+  """What a grid of errors says about one order, in bits; all None where even the greatest widths leave errors.
+
+  A pair counts as free only if no pair b_l <= b_h that is nowhere narrower has an error: at 1 bit the grid is a sign
+  times a scale, which keeps the sign of f by luck where 2 bits do not.
 
   Attributes:
-    uniform: the least width from which on equal widths leave no input wrong.
-    saved: with the high width at `uniform`, how far the low one may fall before an input is wrong.
-    average: the least (b_l + b_h) / 2 of an error-free pair with b_l <= b_h.
+    uniform: the least b with (b, b) free.
+    saved: with b_h at `uniform`, how far b_l may fall.
+    average: the least (b_l + b_h) / 2 of a free pair.
   """
 
   uniform: float | None
@@ -66,12 +69,15 @@ class Savings:
 def savings(wrong: np.ndarray) -> Savings:
   """Reads `Savings` off a grid of `errors`."""
   bits = np.array(quantization.BITS[: len(wrong)])
-  start = _from_there_on(np.diag(wrong) == 0)
-  if start is None:
+  bad = np.triu(wrong > 0)[::-1, ::-1]
+  bad = np.logical_or.accumulate(np.logical_or.accumulate(bad, axis=0), axis=1)[::-1, ::-1]
+  free = np.triu(~bad)
+  if not free.any():
     return Savings(None, None, None)
-  fall = _from_there_on(wrong[: start + 1, start] == 0)
-  pairs = [(bits[i] + bits[j]) / 2 for i, j in zip(*np.nonzero(wrong == 0), strict=True) if i <= j]
-  return Savings(float(bits[start]), float(bits[start] - bits[fall]), float(min(pairs)))
+  start = int(np.diag(free).argmax())
+  low, high = np.nonzero(free)
+  return Savings(float(bits[start]), float(bits[start] - bits[free[:, start].argmax()]),
+                 float((bits[low] + bits[high]).min() / 2))
 
 
 def _from_there_on(good: np.ndarray) -> int | None:

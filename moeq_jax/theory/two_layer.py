@@ -24,8 +24,8 @@ import numpy as np
 
 from moeq_jax import registry
 
-# What the relevant tokens 0, 1, .. stand for: (label, whether it is the rare one). Reading A of the paper's alpha is the
-# share of the rarer class, reading B that of a rarer token inside each class, which keeps the classes balanced.
+# What the relevant tokens 0, 1, .. stand for: (label, whether it is the rare one). Reading A of the paper's alpha is
+# the share of the rarer class, reading B that of a rarer token inside each class, which keeps the classes balanced.
 FEATURES = {"A": ((1, False), (-1, True)), "B": ((1, False), (1, True), (-1, False), (-1, True))}
 # The relevant token to which experts 0, 1, .. are aligned before training; the experts after them are irrelevant.
 ALIGNED = {"A": (0, 0, 1, 1), "B": (0, 1, 2, 3)}
@@ -213,7 +213,8 @@ def gradients(params: Params, setting: Setting, batch: Batch) -> Params:
 def step(params: Params, setting: Setting, batch: Batch) -> Params:
   """One step of SGD."""
   slope = gradients(params, setting, batch)
-  return Params(params.experts - setting.expert_rate * slope.experts, params.router - setting.router_rate * slope.router)
+  return Params(params.experts - setting.expert_rate * slope.experts,
+                params.router - setting.router_rate * slope.router)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -111,8 +111,11 @@ def test_savings_are_read_off_a_grid():
   saved = plans.savings(((high < 4) | (low < 2)).astype(int))  # free from b_h = 4 and b_l = 2 on
   assert (saved.uniform, saved.saved, saved.average) == (4.0, 2.0, 3.0)
   late = np.zeros((width, width), int)
-  late[6, 6] = 1  # a pair that is free by luck below an error is not where freedom begins
-  assert plans.savings(late).uniform == quantization.BITS[7]
+  late[6, 6] = 1  # pairs below an error are not free, however lucky
+  start = quantization.BITS[7]
+  assert plans.savings(late) == plans.Savings(start, start - 1, (start + 1) / 2)
+  late[12, 3] = 1  # b_l above b_h: not a plan
+  assert plans.savings(late).saved == start - 1
   assert plans.savings(np.ones((width, width), int)) == plans.Savings(None, None, None)
 
 
