@@ -176,16 +176,33 @@ def needs(rows: Iterable[Row]) -> list[list[str]]:
 
 
 def noises(rows: Iterable[Row]) -> list[list[str]]:
-  """(v): the error of y f on inputs with the rare token, as a share of their median margin."""
+  """(v): the error of y f on inputs with the rare token, as a share of their median margin, at equal widths.
+
+  The last column is the room for fewer bits in the frequent experts, log2(error from the rare / from the frequent).
+  """
   table = [["setting", "quantizer", "bits", "rare experts: own token", "rare experts: cross-talk",
-            "frequent experts: own token", "frequent experts: cross-talk"]]
+            "frequent experts: own token", "frequent experts: cross-talk", "theory", "room in bits"]]
   for spec, members in _quantized(rows).items():
     for quantizer, name in QUANTIZERS.items():
       for bits in (2, 4):
-        shares = [_show(mean_and_half_width(_noise_share(row, quantizer, kind, source, bits) for row in members))
+        shares = [_show(mean_and_half_width(_noise_share(row, quantizer, kind, source, bits) for row in members), 3)
                   for kind in ("rare", "frequent") for source in ("own", "cross")]
-        table.append([f"`{spec}`", name, str(bits), *shares])
+        found = _show(mean_and_half_width([room(row, quantizer, bits) for row in members]))
+        table.append([f"`{spec}`", name, str(bits), *shares,
+                      f"{math.log2(predicted_ratio(two_layer.Setting.parse(spec))):.2f}", found])
   return table
+
+
+def room(row: Row, quantizer: str, bits: int) -> float | None:
+  """log2 of the error that rare experts make on inputs with the rare token over that of frequent ones, equal widths.
+
+  By as much could the frequent experts have fewer bits until they do as much harm there; negative where they do more.
+  """
+  parts = {kind: [row[f"noise_{quantizer}_{kind}_{source}_{bits}"] for source in ("own", "cross")]
+           for kind in ("rare", "frequent")}
+  if None in parts["rare"] + parts["frequent"]:
+    return None
+  return math.log2(math.hypot(*parts["rare"]) / math.hypot(*parts["frequent"]))
 
 
 def _noise_share(row: Row, quantizer: str, kind: str, source: str, bits: int) -> float | None:

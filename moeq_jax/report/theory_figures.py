@@ -79,6 +79,7 @@ def curves(rows: Sequence[Row]) -> figures.Picture | None:
                           for row in members])
       axes.plot(quantization.BITS, np.sqrt(squares.mean(0)), color=COLORS[kind], marker="o", markersize=4, label=kind)
     axes.set(yscale="log", xlabel="bits", title=name.capitalize())
+    figures.log_ticks(axes.yaxis)
   fig.axes[0].set_ylabel("relative error of h(own token), RMS")
   fig.axes[0].legend()
   return figures.picture("theory-errors", f"Relative error of own-token activations, {REGION}.", fig)
@@ -110,8 +111,8 @@ def _region(axes, row: Row, predicted: float):
   free = np.array([line.split() for line in row["free"].split(";")], np.float64) / row["draws"]
   edges = np.append(np.array(quantization.BITS) - 0.25, quantization.BITS[-1] + 0.25)
   image = axes.pcolormesh(edges, edges, free, cmap="cividis", vmin=0, vmax=1)
-  axes.plot([1, 8], [1, 8], color="white", linewidth=1.0)
-  axes.plot([1 + predicted, 8], [1, 8 - predicted], color="white", linewidth=1.2, linestyle="--")
+  axes.plot([1, 8], [1, 8], color="#d00000", linewidth=1.0)
+  axes.plot([1 + predicted, 8], [1, 8 - predicted], color="#d00000", linewidth=1.2, linestyle="--")
   axes.grid(visible=False)
   axes.set(xlim=(0.75, 8.25), ylim=(0.75, 8.25), aspect="equal")
   return image
@@ -137,6 +138,7 @@ def dimension(rows: Sequence[Row]) -> figures.Picture | None:
     axes.set(xscale="log", yscale="log", xlabel="d", ylabel="Lambda")
     axes.set_title(name.replace(", equal", ",\nequal"), fontsize=10)
     axes.set_xticks(dims, [str(d) for d in dims])
-    axes.minorticks_off()
+    figures.log_ticks(axes.yaxis)
+    axes.tick_params(axis="x", which="minor", bottom=False)
     axes.legend()
   return figures.picture("theory-dimension", "Lambda against d.", fig)
