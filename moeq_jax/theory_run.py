@@ -14,7 +14,7 @@ quantized, one row per grid of widths:
   wrong_rare_<quantizer>        of the inputs that are wrong if only frequent experts are, over all widths: share with
                                 the rare token
   noise_<quantizer>_<experts>_<source>_<bits>   root mean square, over inputs with the rare token, of the error of y f
-  uniform_, saved_, average_<quantizer>_<ranked>_<source>[_<order>]   as in `theory/plans.py`
+  saved_, average_<quantizer>_<ranked>_<source>_<order>   as in `theory/plans.py`
   free                          grid rows: in how many of the `draws` (seeds x bases) no input is wrong, rows b_l
                                 separated by `;`, columns b_h by blanks
 """
@@ -195,7 +195,6 @@ def _plans(name: str, parts: quantization.Parts, change: np.ndarray, setting: tw
       case = (name, ranked, source, order)
       grids[case] = grids.get(case, 0) + (wrong == 0).astype(int)
       saving = plans.savings(wrong)
-      fields[f"uniform_{name}_{ranked}_{source}"] = saving.uniform
       fields[f"saved_{name}_{ranked}_{source}_{order}"] = saving.saved
       fields[f"average_{name}_{ranked}_{source}_{order}"] = saving.average
   return fields

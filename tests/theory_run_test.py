@@ -39,14 +39,17 @@ def test_every_setting_has_its_rows_and_they_carry_the_config(workdir: Path, con
   assert "| `A(alpha=0.2, dim=64" in (workdir / "tables.md").read_text()
 
 
-def test_with_own_errors_alone_no_pair_is_worse_than_its_lower_width_suggests(workdir: Path):
-  rows = [row for row in results.read(workdir / "rows.jsonl") if "uniform_common_relevant_own" in row]
+def test_errors_fall_with_bits_and_the_noise_of_frequent_experts_on_rare_inputs_is_cross_talk(workdir: Path):
+  rows = [row for row in results.read(workdir / "rows.jsonl") if "max_variance_ratio" in row]
+  assert len(rows) == 4
   for row in rows:
+    assert row["max_variance_ratio"] >= row["max_variance_ratio_relevant"] >= 1
     for quantizer in ("common", "row"):
-      assert row[f"saved_{quantizer}_relevant_own_small"] >= 0
-      assert row[f"average_{quantizer}_relevant_all_small"] <= row[f"uniform_{quantizer}_relevant_all"]
       squares = [row[f"square_{quantizer}_rare_{w:02d}"] for w in range(15)]
       assert squares[-1] < squares[6] < max(squares[:3])
+      assert row[f"noise_{quantizer}_frequent_own_4"] == 0 < row[f"noise_{quantizer}_frequent_cross_4"]
+      assert row[f"noise_{quantizer}_rare_own_4"] > 0
+      assert 0 <= row[f"saved_{quantizer}_relevant_own_small"] <= 7
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(

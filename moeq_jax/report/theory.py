@@ -224,16 +224,15 @@ def savings(rows: Iterable[Row]) -> list[list[str]]:
 
 def averages(rows: Iterable[Row]) -> list[list[str]]:
   """(v): the least average bits of an error-free pair of widths."""
-  table = [["setting", "quantizer", "relevant: equal widths", "rule", "reverse", "rule - reverse, paired",
-            "all eight ranked: equal widths", "rule", "reverse", "rule - reverse, paired"]]
+  table = [["setting", "quantizer", "relevant ranked: rule", "reverse", "rule - reverse, paired",
+            "irrelevant ranked too: rule", "reverse", "rule - reverse, paired"]]
   for spec, members in _quantized(rows).items():
     for quantizer, name in QUANTIZERS.items():
       line = [f"`{spec}`", name]
       for case in (f"{quantizer}_relevant_all", f"{quantizer}_all_all"):
         pairs = [(r[f"average_{case}_small"], r[f"average_{case}_large"]) for r in members]
-        line += [*(_mean(members, field) for field in
-                   (f"uniform_{case}", f"average_{case}_small", f"average_{case}_large")),
-                 _show(mean_and_half_width(a - b for a, b in pairs if a is not None and b is not None))]
+        line += [*(_mean(members, f"average_{case}_{order}") for order in ("small", "large")), _show(
+            mean_and_half_width(a - b for a, b in pairs if a is not None and b is not None))]
       table.append(line)
   return table
 
