@@ -90,9 +90,12 @@ def test_a_shift_is_recovered_from_errors_that_halve_with_every_bit():
             for kind, scale in (("frequent", 1.0), ("rare", 2**1.5)) for w in range(15)}
 
   rows = [row(noise) for noise in (0.5, 1.0, 2.0)]
-  assert theory.shift(rows, "common", theory.HIGH_RESOLUTION) == pytest.approx(1.5)
-  middle, half = theory.resampled(rows, lambda r: theory.shift(r, "common", theory.LOW_RESOLUTION))
-  assert (middle, half) == (pytest.approx(1.5), pytest.approx(0, abs=1e-9))
+  for widths in (theory.HIGH_RESOLUTION, theory.LOW_RESOLUTION):
+    assert theory.shift(rows, "common", widths) == (pytest.approx(1.5), pytest.approx(0, abs=1e-9))
+  rows[0] |= {f"square_common_rare_{w:02d}": None for w in range(15)}  # of an expert that never answers its token
+  middle, half = theory.shift(rows, "common", theory.HIGH_RESOLUTION)
+  assert 1.5 < middle < 2  # the first seed's frequent experts still count
+  assert half > 0.1
 
 
 def test_slopes_and_intervals():

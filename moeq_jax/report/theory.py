@@ -1,7 +1,7 @@
 """The tables of the task `theory`: means and 95% intervals over seeds, from the rows that `theory_run.py` describes."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,14 +38,6 @@ def mean_and_half_width(values: Iterable[float | None]) -> tuple[float, float] |
   return float(known.mean()), float(stats.t.ppf(0.975, len(known) - 1) * known.std(ddof=1) / math.sqrt(len(known)))
 
 
-def resampled(rows: Sequence[Row], statistic: Callable[[Sequence[Row]], float]) -> tuple[float, float]:
-  """`statistic` of the rows, and half the width of the middle 95% of its bootstrap over seeds."""
-  rng = np.random.default_rng(0)
-  draws = [statistic([rows[i] for i in rng.integers(len(rows), size=len(rows))]) for _ in range(RESAMPLES)]
-  low, high = np.nanpercentile(draws, [2.5, 97.5])
-  return statistic(rows), float(high - low) / 2
-
-
 def predicted_ratio(setting: two_layer.Setting) -> float:
   """(1 - alpha) / alpha."""
   return (1 - setting.alpha) / setting.alpha
@@ -57,16 +49,22 @@ def log_ratio(row: Row, learned: bool) -> float:
   return math.log2(frequent / rare) if frequent > 0 and rare > 0 else math.nan
 
 
-def shift(rows: Sequence[Row], quantizer: str, widths: Iterable[int]) -> float:
-  """By how many bits rare experts lag behind frequent ones.
+def shift(rows: Sequence[Row], quantizer: str, widths: Sequence[int]) -> tuple[float, float]:
+  """By how many bits rare experts lag behind frequent ones, and half the width of the middle 95% of its bootstrap.
 
   The mean over the widths of log2(E_rare / E_frequent), where E is the root mean square of the relative error of
   h_s(own token) over seeds: each bit halves a rounding error, so a factor 2 at one width is a shift by one bit.
   """
-  def root(kind: str, width: int) -> float:
-    return math.sqrt(np.mean([v for row in rows if (v := row[f"square_{quantizer}_{kind}_{width:02d}"]) is not None]))
+  squares = {kind: np.array([[row[f"square_{quantizer}_{kind}_{w:02d}"] for w in widths] for row in rows], np.float64)
+             for kind in ("rare", "frequent")}
 
-  return float(np.mean([math.log2(root("rare", w) / root("frequent", w)) for w in widths]))
+  def lag(seeds: np.ndarray) -> np.ndarray:
+    rare, frequent = (np.nanmean(squares[kind][seeds], axis=-2) for kind in ("rare", "frequent"))
+    return np.log2(rare / frequent).mean(-1) / 2
+
+  draws = np.random.default_rng(0).integers(len(rows), size=(RESAMPLES, len(rows)))
+  low, high = np.percentile(lag(draws), [2.5, 97.5])
+  return float(lag(np.arange(len(rows)))), float(high - low) / 2
 
 
 def slope(rows: Mapping[int, Sequence[Row]], field: str) -> float:
@@ -145,6 +143,19 @@ def learning(rows: Iterable[Row]) -> list[list[str]]:
   return table
 
 
+def irrelevant(rows: Iterable[Row]) -> list[list[str]]:
+  """Irrelevant experts: their Lambda against that of rare ones, what they learned, and test errors without them."""
+  table = [["setting", "Lambda rare, mean", "Lambda irrelevant, least", "mean", "greatest", "all below all rare",
+            "greatest proficiency for a frequent token", "wrong inputs without them"]]
+  for spec, members in by_spec(rows).items():
+    lost = mean_and_half_width(100 * row["error_without_irrelevant"] for row in members)
+    table.append([f"`{spec}`", *(_mean(members, f"lambda_{field}", 4) for field in
+                                 ("rare", "irrelevant_least", "irrelevant", "irrelevant_greatest")),
+                  _share(members, "lambda_irrelevant_below"), _mean(members, "proficiency_irrelevant_frequent"),
+                  f"{_show(lost)}%"])
+  return table
+
+
 def _quantized(rows: Iterable[Row]) -> dict[str, list[Row]]:
   return {spec: members for spec, members in by_spec(rows).items() if "max_variance_ratio" in members[0]}
 
@@ -154,8 +165,7 @@ def shifts(rows: Iterable[Row]) -> list[list[str]]:
   table = [["setting", "MaxVar ratio", "of relevant", "theory", "log2 of ratio found", "common step, 4-8 bits",
             "common step, 2-3 bits", "per row, 4-8 bits", "per row, 2-3 bits"]]
   for spec, members in _quantized(rows).items():
-    found = [_show(resampled(members, lambda r, q=q, w=w: shift(r, q, w)))
-             for q in QUANTIZERS for w in (HIGH_RESOLUTION, LOW_RESOLUTION)]
+    found = [_show(shift(members, q, w)) for q in QUANTIZERS for w in (HIGH_RESOLUTION, LOW_RESOLUTION)]
     realised = mean_and_half_width([log_ratio(row, learned=False) for row in members])
     table.append([f"`{spec}`", _mean(members, "max_variance_ratio"), _mean(members, "max_variance_ratio_relevant"),
                   f"{math.log2(predicted_ratio(two_layer.Setting.parse(spec))):.2f}", _show(realised), *found])
@@ -249,8 +259,8 @@ def dimensions(rows: Iterable[Row]) -> list[list[str]]:
   return table
 
 
-TABLES = {"learning": learning, "dimensions": dimensions, "shifts": shifts, "needs": needs, "noises": noises,
-          "savings": savings, "averages": averages}
+TABLES = {"learning": learning, "irrelevant": irrelevant, "dimensions": dimensions, "shifts": shifts, "needs": needs,
+          "noises": noises, "savings": savings, "averages": averages}
 
 
 def markdown(table: Sequence[Sequence[str]]) -> str:

@@ -54,9 +54,7 @@ def activation(rows: Sequence[Row]) -> figures.Picture | None:
     ratios = [theory.mean_and_half_width([theory.log_ratio(r, learned=False) for r in found]) for _, found in members]
     _points(panels[0], number, name, x, [pair or (math.nan, math.nan) for pair in ratios])
     for axes, quantizer in zip(panels[1:], theory.QUANTIZERS, strict=True):
-      found = [theory.resampled(part, lambda r, q=quantizer: theory.shift(r, q, theory.HIGH_RESOLUTION))
-               for _, part in members]
-      _points(axes, number, name, x, found)
+      _points(axes, number, name, x, [theory.shift(part, quantizer, theory.HIGH_RESOLUTION) for _, part in members])
   for axes in panels:
     axes.plot([1.5, 4.6], [1.5, 4.6], color="#000000", linewidth=1.2, linestyle="--", label="theory")
     axes.set(xlabel="log2((1 - alpha) / alpha)", ylim=(-0.6, 5.2))
