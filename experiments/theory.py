@@ -8,7 +8,7 @@ input is wrong.
 
 Command:   ./launch.sh run --config=experiments/theory.py --workdir=runs/theory
 Hardware:  2 CPU cores, 2 GiB
-Expected:  TIME; runs/theory/tables.md and figures/
+Expected:  about eight minutes of CPU time (extrapolated); runs/theory/tables.md and figures/
 Options:   `:smoke` one small setting of each design with two seeds, in seconds
 """
 

@@ -118,3 +118,10 @@ def test_settings_that_differ_in_d_only_are_a_family():
   assert {name: sorted(by_dim) for name, by_dim in found.items()} == {
       "B, alpha 0.1, first 100%": [128, 256, 512, 1024],
       "B, alpha 0.1, first 100%, equal router norm at the start": [64, 256, 1024]}
+
+
+def test_the_page_holds_the_tables_of_the_committed_rows():
+  rows = results.read(runs.ROOT / "experiments" / "results" / "theory.jsonl")
+  page = (runs.ROOT / "docs" / "theory.md").read_text(encoding="utf-8")
+  for name, table in theory.TABLES.items():
+    assert theory.markdown(table(rows)) in page, f"table {name} of docs/theory.md is not that of results/theory.jsonl"
