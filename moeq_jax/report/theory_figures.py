@@ -121,7 +121,7 @@ def dimension(rows: Sequence[Row]) -> figures.Picture | None:
   found = theory.families(rows)
   if not found:
     return None
-  fig = figure.Figure(figsize=(4.3 * len(found), 4.4), layout="constrained")
+  fig = figure.Figure(figsize=(max(6.5, 4.3 * len(found)), 4.4), layout="constrained")
   for axes, (name, by_dim) in zip(np.atleast_1d(fig.subplots(1, len(found))), found.items(), strict=True):
     dims = sorted(by_dim)
     for kind, color in COLORS.items():
@@ -137,6 +137,6 @@ def dimension(rows: Sequence[Row]) -> figures.Picture | None:
     axes.set_title(name.replace(", equal", ",\nequal"), fontsize=10)
     axes.set_xticks(dims, [str(d) for d in dims])
     figures.log_ticks(axes.yaxis)
-    axes.tick_params(axis="x", which="minor", bottom=False)
-    axes.legend()
+    axes.set_xticks([], minor=True)
+    axes.legend(loc="center left", bbox_to_anchor=(0, 0.6), fontsize=8)
   return figures.picture("theory-dimension", "Lambda against d.", fig)
