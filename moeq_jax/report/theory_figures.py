@@ -138,5 +138,5 @@ def dimension(rows: Sequence[Row]) -> figures.Picture | None:
     axes.set_xticks(dims, [str(d) for d in dims])
     figures.log_ticks(axes.yaxis)
     axes.set_xticks([], minor=True)
-    axes.legend(loc="center left", bbox_to_anchor=(0, 0.6), fontsize=8)
+    axes.legend(loc="upper right", bbox_to_anchor=(1, 0.8), fontsize=8)
   return figures.picture("theory-dimension", "Lambda against d.", fig)
