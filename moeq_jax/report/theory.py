@@ -59,12 +59,19 @@ def shift(rows: Sequence[Row], quantizer: str, widths: Sequence[int]) -> tuple[f
              for kind in ("rare", "frequent")}
 
   def lag(seeds: np.ndarray) -> np.ndarray:
-    rare, frequent = (np.nanmean(squares[kind][seeds], axis=-2) for kind in ("rare", "frequent"))
+    rare, frequent = (_mean_of_known(squares[kind][seeds]) for kind in ("rare", "frequent"))
     return np.log2(rare / frequent).mean(-1) / 2
 
   draws = np.random.default_rng(0).integers(len(rows), size=(RESAMPLES, len(rows)))
-  low, high = np.percentile(lag(draws), [2.5, 97.5])
+  low, high = np.nanpercentile(lag(draws), [2.5, 97.5])
   return float(lag(np.arange(len(rows)))), float(high - low) / 2
+
+
+def _mean_of_known(values: np.ndarray) -> np.ndarray:
+  """The mean over the last but one axis of what is not NaN; NaN where nothing is left."""
+  known = np.isfinite(values)
+  count = known.sum(-2)
+  return np.where(count > 0, np.where(known, values, 0).sum(-2) / np.maximum(count, 1), np.nan)
 
 
 def slope(rows: Mapping[int, Sequence[Row]], field: str) -> float:
