@@ -6,7 +6,8 @@
   w_hat = codecs.decode(encoded, codec.group, rows=w.shape[-2])
 
 The format that all of them share is described in `grid.py`. `gptq(grid=ct)` encodes to the symmetric integers that the
-compressed-tensors format keeps; the choice of the grid is made before encoding, not at export.
+compressed-tensors format keeps; the choice of the grid is made before encoding, not at export. `gptq_official` is the
+weaker variant of GPTQ that the router-norm paper's official code runs, there to be compared with.
 """
 
 import dataclasses
@@ -17,9 +18,9 @@ import jax
 import numpy as np
 
 from moeq_jax import registry
-from moeq_jax.codecs import gptq, grid, hqq, rtn
+from moeq_jax.codecs import gptq, gptq_official, grid, hqq, rtn
 
-TABLE = {"rtn": rtn, "hqq": hqq, "gptq": gptq}
+TABLE = {"rtn": rtn, "hqq": hqq, "gptq": gptq, "gptq_official": gptq_official}
 
 WIDTHS = grid.WIDTHS
 GROUPS = grid.GROUPS

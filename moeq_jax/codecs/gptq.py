@@ -140,7 +140,7 @@ def _encode_panel(slabs: jax.Array, valid: jax.Array | None, factor: jax.Array, 
     else:
       inside = jnp.matmul(panel.T, error, precision=_HIGHEST)
       pull = inside if pull is None else pull + inside
-      state = x + _solve_lower(square.T, pull)
+      state = x + solve_lower(square.T, pull)
     scale, zero = grid.SEARCH[spec.grid](state, mask, width)
     codes, own = _encode_blocks(x, pull, square, block, (scale, zero, jnp.broadcast_to(grid.top_code(width), scale.shape)))
     return jax.lax.dynamic_update_slice_in_dim(error, own, index * size, axis=0), (codes, scale, zero)
@@ -229,7 +229,7 @@ def _cholesky(matrix: jax.Array, block: int) -> jax.Array:
   return jax.lax.scan(factorise_block, jnp.zeros_like(matrix), starts)[0]
 
 
-def _solve_lower(lower: jax.Array, right: jax.Array) -> jax.Array:
+def solve_lower(lower: jax.Array, right: jax.Array) -> jax.Array:
   """Solves `lower @ x = right` row by row: `[g, g]`, `[g, N]` -> `[g, N]`; the upper triangle is not read."""
 
   def solve_row(x: jax.Array, row: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:

@@ -7,7 +7,7 @@ import pytest
 
 from moeq_jax import codecs, registry
 
-SPECS = ["rtn(group=32)", "hqq(group=32)", "gptq(group=32)"]
+SPECS = ["rtn(group=32)", "hqq(group=32)", "gptq(group=32)", "gptq_official(group=32)"]
 
 
 @pytest.mark.parametrize("text", ["rtn", "rtn(group=128)", "hqq(start=search, group=0)", "gptq(damping=0.05)"])
