@@ -24,6 +24,9 @@ Fields worth knowing, beside those above:
                  is longer than the model has positions
   sequential     GPTQ sees the inputs that the quantized layers before it give
   export         copies: "('hf',)", "('compressed-tensors',)", "('compressed-tensors(width=4)',)"
+  pretrained     for tiers(router_norm_change): the checkpoint that this one was fine-tuned from, unless
+                 router_init.safetensors is beside it; missing_routers=norm ranks by the final norm where neither is there
+  dry_run        checks every shape and prints memory, disk, sizes and hours; reads no weight
 """
 
 import ml_collections
@@ -49,6 +52,11 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.widths = (1, 2, 3, 4)
   config.sequential = False
   config.export = ()
+  config.pretrained = ""
+  config.missing_routers = "error"
+  config.dry_run = False
+  config.model = ml_collections.ConfigDict()  # sizes, where there is no checkpoint: for dry_run
+  config.published = ml_collections.ConfigDict()  # numbers to compare with, shown by dry_run
 
   config.batch = 4
   config.length = 512

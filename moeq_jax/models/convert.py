@@ -128,7 +128,11 @@ class Checkpoint:
 
   def expert(self, l: int, e: int) -> dict[str, np.ndarray]:
     """The projections of one expert, `[in, out]`, in the type they are stored in; no other bytes are read."""
-    return {name: self._parameters.expert(f"blocks/{l}/moe/{name}", e) for name in self.projections}
+    return {name: self.projection(l, e, name) for name in self.projections}
+
+  def projection(self, l: int, e: int, name: str) -> np.ndarray:
+    """One projection of one expert, as `expert` gives it."""
+    return self._parameters.expert(f"blocks/{l}/moe/{name}", e)
 
   def router(self, l: int) -> np.ndarray:
     """The router of block `l`, `[E, D]` float32."""

@@ -264,19 +264,34 @@ class Experts(Sequence):
 
 
 class _Layer(Mapping):
-  """One layer's experts; a projection is read each time that it is asked for, and not kept."""
+  """One layer's experts by projection; nothing is read before it is asked for, and nothing is kept."""
 
   def __init__(self, subject: Subject, layer: int):
     self._subject, self._layer = subject, layer
 
-  def __getitem__(self, name: str) -> np.ndarray:
-    source = self._subject.source
-    if name not in source.projections:
+  def __getitem__(self, name: str) -> "_Stack":
+    if name not in self._subject.source.projections:
       raise KeyError(name)
-    return np.stack([source.expert(self._layer, expert)[name] for expert in range(source.experts)])
+    return _Stack(self._subject, self._layer, name)
 
   def __iter__(self):
     return iter(self._subject.source.projections)
 
   def __len__(self) -> int:
     return len(self._subject.source.projections)
+
+
+class _Stack(Sequence):
+  """One projection of a layer's experts, `[E, K, N]`: as an array all of them, item by item one at a time."""
+
+  def __init__(self, subject: Subject, layer: int, name: str):
+    self._source, self._layer, self._name = subject.source, layer, name
+
+  def __len__(self) -> int:
+    return self._source.experts
+
+  def __getitem__(self, expert: int) -> np.ndarray:
+    return self._source.projection(self._layer, range(len(self))[expert], self._name)
+
+  def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    return np.stack([np.asarray(w, dtype) for w in self])

@@ -1,35 +1,27 @@
 """From what the sweeps measured to bits: evidence, costs, the plan, and what other constraints would cost."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from moeq_jax import artifacts, registry, scores
 from moeq_jax.allocate import constraints, methods, problem
-from moeq_jax.models import convert
 from moeq_jax.quantize import measure
 from moeq_jax.quantize.subject import Arrays, Subject
 
-ROUTERS = "router_init.safetensors"
-
 
 def evidence(subject: Subject, stats: artifacts.Stats, errors: artifacts.ErrorTable,
-             routers: np.ndarray) -> scores.Evidence:
-  """What scores look at; experts are read from disk when a score asks for them."""
-  return scores.Evidence(stats, errors, routers, routers_init(subject, routers.shape), measure.Experts(subject))
+             routers: np.ndarray, before: np.ndarray | None = None) -> scores.Evidence:
+  """What scores look at; experts are read from disk when a score asks for them. `before`: the routers before training,
+  where they are known."""
+  return scores.Evidence(stats, errors, routers, before, measure.Experts(subject))
 
 
 def routers(subject: Subject) -> np.ndarray:
   """The routers of all layers, `[L, E, D]` float32."""
   return np.stack([np.asarray(subject.source.router(layer), np.float32) for layer in subject.sparse])
-
-
-def routers_init(subject: Subject, shape: Sequence[int]) -> np.ndarray | None:
-  """The routers before training, where the checkpoint has them."""
-  path = subject.source.directory / ROUTERS
-  return convert.load_routers(path, tuple(shape)) if path.is_file() else None
 
 
 def plan(subject: Subject, method: str, found: scores.Evidence, inputs: Mapping[str, str], budget: float,

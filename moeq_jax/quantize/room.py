@@ -53,7 +53,8 @@ def tensor_bytes(subject: Subject) -> dict[str, int]:
 
 def other_bytes(subject: Subject) -> int:
   """Bytes of all that is not quantized: other tensors, and the files that are carried along."""
-  files = sum(path.stat().st_size for path in carried_files(subject.source.directory))
+  directory = subject.source.directory  # None where a config alone is known
+  files = sum(path.stat().st_size for path in carried_files(directory)) if directory else 0
   return tensor_bytes(subject)["other"] + files
 
 

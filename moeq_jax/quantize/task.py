@@ -13,7 +13,7 @@ from rich import console as rich_console
 
 from moeq_jax import artifacts, codecs, report, scores, user_text, workspace
 from moeq_jax.export import native
-from moeq_jax.quantize import encode, evaluation, exports, measure, planning, room, settings, summary
+from moeq_jax.quantize import dry_run, encode, evaluation, exports, initial, measure, planning, room, settings, summary
 from moeq_jax.quantize import needs as needs_lib
 from moeq_jax.quantize import states as states_lib
 from moeq_jax.quantize import subject as subject_lib
@@ -51,10 +51,13 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> None:
     ValueError: a mistake in the config or the checkpoint; names field, file or tensor and the remedy.
     OSError: too little room on the disk.
   """
+  if config.dry_run:
+    dry_run.run(config, workdir)
+    return
   settings.check(config)
   run = workspace.Workdir(workdir)
   with run.timed("open"):
-    opened = open_run(config, run)
+    config, opened = open_run(config, run)
     states = calibration_states(opened, config)
   with run.timed("measure"):
     found = gather(opened, config, states)
@@ -80,14 +83,16 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> None:
   summary.terminal(run.path, page, rich_console.Console())
 
 
-def open_run(config: ml_collections.ConfigDict, run: workspace.Workdir) -> Opened:
-  """Opens the checkpoint and reads the text; looks whether the bits and the disk suffice."""
+def open_run(config: ml_collections.ConfigDict, run: workspace.Workdir) -> tuple[ml_collections.ConfigDict, Opened]:
+  """Opens the checkpoint and reads the text; looks whether the bits and the disk suffice. The config comes back with
+  the method that is run, see `initial.resolved`."""
   codec = codecs.get(config.codec)
   subject = subject_lib.open_source(run, config.checkpoint, config.compute_dtype)
   source, directory = subject.source, subject.source.directory
+  config = initial.resolved(config, source)
   budget = room.budget(config, subject, codec.group)
   needs = needs_lib.of(config.method, budget, tuple(config.widths), codec, source.projections,
-                       (directory / planning.ROUTERS).is_file())
+                       initial.known(config, source))
   read = lambda purpose: user_text.read(purpose, config, directory, source.config, source.values)
   if needs.text and not config.calibration.sequences:
     raise ValueError(f"config.calibration.sequences=0: {config.method} with {config.codec} needs text; ask for some, or"
@@ -99,7 +104,7 @@ def open_run(config: ml_collections.ConfigDict, run: workspace.Workdir) -> Opene
   exports.check_source(config.export, subject, codec.group)
   opened = Opened(subject, codec, budget, needs, calibration, evaluation_text)
   print(summary.outlook(opened, disk, evaluation_text is not None), flush=True)
-  return opened
+  return config, opened
 
 
 def calibration_states(opened: Opened, config: ml_collections.ConfigDict) -> states_lib.States | None:
@@ -124,8 +129,9 @@ def gather(opened: Opened, config: ml_collections.ConfigDict, states: states_lib
     use = (text, states, gradients) if needs.fisher else (None, None, None)
     errors = measure.errors(subject, *use, encoding)
   routers = planning.routers(subject)
+  before = initial.load(config, subject.source, routers.shape)
   stats = measure.stats(subject, text, seen, gradients, routers)
-  return planning.evidence(subject, stats, measure.error_table(subject, errors, encoding), routers)
+  return planning.evidence(subject, stats, measure.error_table(subject, errors, encoding), routers, before)
 
 
 def plan_inputs(opened: Opened, config: ml_collections.ConfigDict, found: scores.Evidence) -> dict[str, str]:

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -23,13 +25,21 @@ def max_var(evidence: Any, variant: str = "paper") -> np.ndarray:
     raise ValueError(f"max_var: variant {variant!r} is neither 'paper' nor 'code'")
   rows = []
   for experts in evidence.experts:
-    first = np.asarray(experts["gate" if "gate" in experts else "up"], np.float32)  # [E, D, F]: neurons are columns
+    first = experts["gate" if "gate" in experts else "up"]  # [E, D, F]: neurons are columns; may be read one by one
+    found = [[np.asarray(part) for part in _neurons(np.asarray(w).T)] for w in first]
     if variant == "paper":
-      rows.append(first.var(axis=1).max(axis=1))
+      rows.append([variances.max() for variances, _ in found])
     else:
-      largest = np.linalg.norm(first, axis=1).argmax(axis=1)
-      rows.append(first[np.arange(len(first)), :, largest].var(axis=1, ddof=1))
-  return np.stack(rows)
+      size = first[0].shape[0]
+      rows.append([variances[norms.argmax()] * size / (size - 1) for variances, norms in found])
+  return np.array(rows, np.float64)
+
+
+@jax.jit
+def _neurons(weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Biased variance and squared norm of every row of `[F, D]`, float32."""
+  weights = weights.astype(jnp.float32)
+  return jnp.var(weights, axis=1), jnp.sum(jnp.square(weights), axis=1)
 
 
 def cells(evidence: Any) -> np.ndarray:
