@@ -67,11 +67,11 @@ def run(layers: int = 2, budget: float = 2.0, directory: str = "", shrink: int =
       for codec in CODECS:
         results.append(_quantize(root, codec, budget, layers))
         advance(codec)
-      gptq = _part("gptq", root / "checkpoint")
+      gptq = part("gptq", root / "checkpoint")
       advance("gptq, one expert")
       shutil.rmtree(root / "checkpoint")
       _mixtral_files.write(root / "holes", _mixtral_files.config(LAYERS, shrink), holes=True)
-      routers = _part("routers", root / "holes")
+      routers = part("routers", root / "holes")
       advance("routers")
   layer_bytes = sum(2 * count(tensors) for tensors in list(_mixtral_files.shapes(config))[1:2])
   limit = (FACTOR * layer_bytes + ADDED) / 2**30
@@ -121,7 +121,7 @@ def _quantize(root: Path, codec: str, budget: float, layers: int) -> dict[str, A
           "seconds_32_layers": LAYERS * each, "written_gb": written / 1e9}
 
 
-def _part(name: str, directory: Path) -> dict[str, Any]:
+def part(name: str, directory: Path) -> dict[str, Any]:
   """One of `_stream_parts`."""
   printed, seconds, peak = child([sys.executable, "-m", "moeq_jax.bench._stream_parts", name, str(directory)])
   return {"peak_gib": peak, "process_seconds": seconds} | json.loads(printed.splitlines()[-1])

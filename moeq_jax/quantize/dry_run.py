@@ -36,7 +36,7 @@ class Outlook:
     counts: experts of a layer by width, where the method gives every layer the same; else None.
     parameters: all, those of experts, and those that a token uses.
     file_bytes: of the quantized model's files.
-    paper_gib: the same as the paper counts (experts and attention packed, see `accounting`), where counts are known.
+    paper_gib: the same as the paper's tables count (see `accounting`), for Mixtral where counts are known.
     disk: bytes on disk at once, by purpose.
     stages: memory and hours.
   """
@@ -91,7 +91,7 @@ def outlook(config: ml_collections.ConfigDict, run: workspace.Workdir) -> Outloo
   parts = _parts(source.config)
   return Outlook(
       checked, bits, counts, inspection.counts(source.config), room.quantized_bytes(subject, bits, codec.group),
-      None if counts is None else accounting.memory(parts, counts),
+      None if counts is None or source.config.family != "mixtral" else accounting.memory(parts, counts),
       room.disk_needed(subject, config, needs, bits, codec.group, calibration, texts["evaluation"]),
       estimates.stages(amounts, needs, codec, len(config.widths), sequential=config.sequential))
 
@@ -202,19 +202,19 @@ def as_json(config: ml_collections.ConfigDict, found: Outlook) -> dict[str, Any]
 def _show(config: ml_collections.ConfigDict, found: Outlook, console: rich_console.Console) -> None:
   for line in found.checked:
     console.print(line, highlight=False)
-  table = rich_table.Table("stage", "peak memory", "hours", title=f"{config.method}, {config.codec}: 2 CPU cores",
-                           title_justify="left")
+  console.print(f"{config.method}, {config.codec}, on 2 CPU cores:", highlight=False)
+  table = rich_table.Table("stage", "peak memory", "hours")
   for stage in found.stages:
     table.add_row(stage.name, inspection.size(stage.memory), f"{stage.hours:.2f}")
   table.add_row("all", inspection.size(max(s.memory for s in found.stages)), f"{sum(s.hours for s in found.stages):.2f}")
   console.print(table)
-  sums = rich_table.Table(show_header=False, box=None)
-  sums.add_row("quantized files", inspection.size(found.file_bytes))
+  lines = [f"quantized files: {inspection.size(found.file_bytes)}"]
   if found.paper_gib is not None:
-    sums.add_row("as the paper counts (attention at 4 bits)", f"{found.paper_gib:.2f} GiB")
-  sums.add_row("disk at once", ", ".join(f"{name} {inspection.size(size)}" for name, size in found.disk.items()))
+    lines[0] += f"; as the paper's tables count, with attention at 4 bits: {found.paper_gib:.2f} GiB"
+  lines.append(f"disk at once: {', '.join(f'{name} {inspection.size(size)}' for name, size in found.disk.items())}")
   if config.published:
-    sums.add_row("published", ", ".join(f"{name} {value}" for name, value in config.published.to_dict().items()))
-  console.print(sums)
+    lines.append(f"published: {', '.join(f'{name} {value}' for name, value in config.published.to_dict().items())}")
+  for line in lines:
+    console.print(line, highlight=False)
   console.print("Memory and hours are estimates (moeq_jax/quantize/estimates.py says from which measurements); no weight"
                 " was read.", highlight=False)

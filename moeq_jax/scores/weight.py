@@ -26,12 +26,11 @@ def max_var(evidence: Any, variant: str = "paper") -> np.ndarray:
   rows = []
   for experts in evidence.experts:
     first = experts["gate" if "gate" in experts else "up"]  # [E, D, F]: neurons are columns; may be read one by one
-    found = [[np.asarray(part) for part in _neurons(np.asarray(w).T)] for w in first]
-    if variant == "paper":
-      rows.append([variances.max() for variances, _ in found])
-    else:
-      size = first[0].shape[0]
-      rows.append([variances[norms.argmax()] * size / (size - 1) for variances, norms in found])
+    own = []
+    for w in first:
+      variances, norms = map(np.asarray, _neurons(np.asarray(w).T))
+      own.append(variances.max() if variant == "paper" else variances[norms.argmax()] * len(w) / (len(w) - 1))
+    rows.append(own)
   return np.array(rows, np.float64)
 
 

@@ -47,6 +47,32 @@ def test_three_levels(average, code_8, code_64, paper_8, paper_64):
   assert tiers.counts_three(64, average, 1, 2, 3) == (paper_64 or code_64)
 
 
+def test_the_code_breaks_the_text_s_condition_where_the_table_says_so():
+  """No more low than middle experts in the middle region; its borders are 1.667 and 2.333 bits."""
+  middle = [row for row in THREE_LEVELS if 5 / 3 <= row[0] <= 7 / 3]
+  broken = {(average, k) for average, code_8, code_64, *_ in middle for k, n in ((8, code_8), (64, code_64))
+            if n[0] > n[1]}
+  assert broken == {(1.75, 8), (1.75, 64), (1.875, 64)}
+  for average, *_ in middle:
+    for k in (8, 64):
+      lows, mids, highs = tiers.counts_three(k, average, 1, 2, 3)
+      assert lows <= mids
+      assert lows + 1 > mids - 2 or highs + 1 > k  # one more pair would break it
+
+
+def test_the_code_s_counts_explain_the_published_seconds():
+  """The paper's inference times (digitised, +-1 s) follow the number of 3-bit experts in these counts: their speed is
+  that of unpacking 3-bit codes."""
+  seconds = dict(zip((1.5, 1.625, 1.75, 1.875, 2.0, 2.125, 2.25, 2.375, 2.5),
+                     (312, 310, 348, 346, 346, 361, 384, 401, 414), strict=True))
+  high = {average: tiers.counts_three(8, average, 1, 2, 3, variant="code")[2] for average in seconds}
+  assert list(high.values()) == [0, 0, 2, 2, 2, 3, 4, 5, 6]
+  residuals = {average: seconds[average] - (310.5 + 18.0 * high[average]) for average in seconds}
+  assert max(map(abs, residuals.values())) < 5
+  slope, start = np.polyfit(list(high.values()), list(seconds.values()), 1)
+  assert (slope, start) == (pytest.approx(18.0, abs=0.6), pytest.approx(310.5, abs=2))
+
+
 @pytest.mark.parametrize("k", [1, 2, 3, 8, 16, 60, 64])
 @pytest.mark.parametrize("low, mid, high", [(1, 2, 3), (2, 3, 4), (2, 4, 6)])
 def test_three_levels_are_what_the_paper_s_text_asks_for(k, low, mid, high):
@@ -88,6 +114,14 @@ def test_the_average_is_met_where_it_can_be(k):
     (0.5, 0), (1.5, 2), (2.5, 2), (3.5, 4), (0.51, 1), (2.49, 2), (0.0, 0), (8.0, 8)])
 def test_half_an_expert_is_rounded_to_even(share, high):
   assert tiers.counts_two(8, 1 + share / 8, 1, 2) == (8 - high, high)
+
+
+@pytest.mark.parametrize("average, counts", [
+    (2.0625, (8, 0)), (2.1875, (6, 2)), (2.3125, (6, 2)), (2.4375, (4, 4)), (2.5625, (4, 4)), (2.6875, (2, 6)),
+    (2.8125, (2, 6)), (2.9375, (0, 8)), (2.07, (7, 1)), (2.19, (6, 2)), (2.18, (7, 1)), (2.0, (8, 0)), (3.0, (0, 8))])
+def test_golden_two_levels_of_eight_experts(average, counts):
+  """Halves go to the even number of experts: 0.5 to 0, 1.5 and 2.5 to 2, 3.5 and 4.5 to 4."""
+  assert tiers.counts_two(8, average, 2, 3) == counts
 
 
 @pytest.mark.parametrize("average", [2.25, 2.5, 2.75])
@@ -157,6 +191,39 @@ def test_zero_variance_passes_nothing_and_is_passed_by_any_other(variant):
   assert tiers.rerank([2, 0, 1], np.zeros(3), variant=variant).tolist() == [2, 0, 1]
   assert tiers.rerank([2, 0, 1], [0.0, 1e-9, 0.0], variant=variant).tolist() == [1, 2, 0]
   assert tiers.rerank([1, 0], [0.0, 5.0], variant=variant).tolist() == [1, 0]
+
+
+@hypothesis.given(st.integers(0, 2**32), st.integers(2, 5), st.sampled_from([8, 16, 64]))
+def test_several_outliers_of_one_size_are_reversed_in_the_code_and_kept_in_order_in_the_paper(seed, outliers, k):
+  random = np.random.default_rng(seed)
+  order = random.permutation(k)
+  maxvar = np.full(k, 1.0)
+  promoted = np.sort(random.choice(np.arange(1, k), outliers, replace=False))
+  maxvar[order[promoted]] = 10.0
+  rest = [e for e in order.tolist() if maxvar[e] == 1]
+  head = order[promoted].tolist()
+  assert tiers.rerank(order, maxvar).tolist() == head + rest
+  assert tiers.rerank(order, maxvar, variant="code").tolist() == head[::-1] + rest
+
+
+@pytest.mark.parametrize("order, maxvar, paper, code", [
+    # two sizes of outliers: the larger one passes the smaller by a factor of at least zeta, too
+    ([0, 1, 2, 3], [1, 1, 3.5, 12.0], [3, 2, 0, 1], [3, 2, 0, 1]),
+    # not by that factor: each goes above the small ones only, and the code leaves them reversed
+    ([0, 1, 2, 3], [1, 1, 5.0, 12.0], [2, 3, 0, 1], [3, 2, 0, 1]),
+    ([0, 1, 2, 3], [1, 1, 12.0, 5.0], [2, 3, 0, 1], [3, 2, 0, 1]),
+    # exactly zeta times: in the paper "at least", in the code more
+    ([0, 1, 2, 3], [2, 2, 6.0, 1.0], [2, 0, 1, 3], [0, 1, 2, 3]),
+    # an outlier that stands on top already stays
+    ([2, 0, 1, 3], [1, 1, 9.0, 9.0], [2, 3, 0, 1], [2, 3, 0, 1]),
+    # chains: 9 passes 3 and 1, 3 passes 1 but not 2
+    ([0, 1, 2, 3], [1, 2, 3.0, 9.0], [3, 2, 0, 1], [3, 0, 1, 2]),
+    # another order of the router than that of the numbers
+    ([3, 1, 0, 2], [8, 1, 8.0, 1.0], [0, 2, 3, 1], [2, 0, 3, 1]),
+])
+def test_golden_orders(order, maxvar, paper, code):
+  assert tiers.rerank(order, maxvar).tolist() == paper
+  assert tiers.rerank(order, maxvar, variant="code").tolist() == code
 
 
 @hypothesis.settings(max_examples=300)
