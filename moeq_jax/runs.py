@@ -63,9 +63,17 @@ def _theory(config: config_dict.ConfigDict, workdir: Path) -> None:
   theory_run.run(config, workdir)
 
 
+def _experiment(config: config_dict.ConfigDict, workdir: Path) -> None:
+  """What no other task does: the config's own file, `config.file`, defines `run(config, workdir)`."""
+  module = load_module(find_config(config.file))
+  if not hasattr(module, "run"):
+    raise UsageError(f"{config.file}: its task is 'experiment', so it must define run(config, workdir)")
+  module.run(config, workdir)
+
+
 # What `config.task` may name.
 TASKS: dict[str, Callable[[config_dict.ConfigDict, Path], None]] = {
-    "pretrain": _pretrain, "compare": _compare, "quantize": _quantize, "theory": _theory}
+    "pretrain": _pretrain, "compare": _compare, "quantize": _quantize, "theory": _theory, "experiment": _experiment}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,293 @@
+"""What the weaknesses of arXiv 2604.06515 and of its official code change, where moeq-small can tell.
+
+Claims under test, one arm against another, everything else equal (docs/paper.md has them one by one):
+
+  gptq       GPTQ without feedback inside blocks, and with the official range search, is worse at 1 to 3 bits
+  maxvar     the variance of the largest-norm row is not the largest variance
+  final      the final norm ranks as the norm change does
+  variance   high variance first or low variance first
+  levels     three levels at 1.75 bits, by the text's counts and by the code's
+  promotion  several promoted experts in router order or reversed
+  reversed   the small norm change first, or the large one
+  router     routers quantized to 8 and to 4 bits
+  layers     the same score, the same counts in every layer or one budget for all layers
+
+Command:   ./launch.sh sweep --config=experiments/paper_weaknesses.py --workdir=runs/paper_weaknesses
+Hardware:  2 CPU cores, 3 GiB
+Expected:  about ten minutes on idle cores; three calibration sets, one folder each. The last prints the comparisons, which are then in
+           runs/paper_weaknesses/comparisons.jsonl (experiments/results/paper_weaknesses.jsonl holds them and all rows)
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import scipy.stats
+from rich import console as rich_console
+from rich import table as rich_table
+
+from configs import quickstart
+from moeq_jax import artifacts, codecs, data, progress, results, runs, scores, workspace
+from moeq_jax.allocate import methods, tiers
+from moeq_jax.assemble import apply
+from moeq_jax.calibrate import statistics
+from moeq_jax.encode import candidates
+from moeq_jax.evaluate import perplexity
+
+WIDTHS = (1, 2, 3)
+BASE = "gptq(group=128)"
+CODECS = (BASE, "gptq_official(group=128)", "gptq_official(group=128, feedback=always)",
+          "gptq_official(group=128, search=squared)", "rtn(group=128)")
+CHANGE, NORM = "router_norm_change", "router_norm"
+SEEDS = (0, 1, 2)
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+  """The config; `arg` as in configs/quickstart.py."""
+  config = quickstart.get_config(arg)
+  config.file = "experiments/paper_weaknesses.py"
+  config.task = "experiment"
+  config.calibration_seed = 0
+  config.evaluation = 24  # sequences of each domain
+  config.damage.sequences = 0
+  return config
+
+
+def sweep(add) -> None:
+  """One point per calibration set: other windows of the training text."""
+  for seed in SEEDS:
+    add({"calibration_seed": seed})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arms
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+  """A plan to be measured.
+
+  Attributes:
+    name: of the arm, unique with codec and budget.
+    codec: spec.
+    budget: bits asked for.
+    bits: `[L, E]`, or None for full precision.
+    router_bits: of the routers; 16 leaves them as they are.
+  """
+
+  name: str
+  codec: str
+  budget: float
+  bits: np.ndarray | None
+  router_bits: int = 16
+
+
+# What is compared: claim, codec, budget, arm, the arm that it is held against.
+COMPARISONS = [
+    *(("gptq", codec, float(b), "uniform", (BASE, "uniform")) for b in WIDTHS for codec in CODECS[1:]),
+    *(("gptq", CODECS[1], float(b), "uniform", (CODECS[2], "uniform")) for b in WIDTHS),
+    *(("router", BASE, float(b), f"{kind}, routers at {r} bits", (BASE, kind)) for kind, b in (
+        ("full precision", 16), ("uniform", 2), ("uniform", 3)) for r in (8, 4)),
+    *(("maxvar", BASE, b, f"zeta {z:g}, MaxVar of the largest-norm row", (BASE, f"zeta {z:g}"))
+      for b in (2.0, 2.5) for z in (1.5, 2.0)),
+    *(("maxvar", BASE, b, f"zeta {z:g}", (BASE, "norm change")) for b in (2.0, 2.5) for z in (1.5, 2.0, 3.0)),
+    *(("final", BASE, b, "final norm", (BASE, "norm change")) for b in (2.0, 2.5)),
+    *(("variance", BASE, b, "low variance first", (BASE, "high variance first")) for b in (2.0, 2.5)),
+    *(("variance", BASE, b, "norm change", (BASE, "high variance first")) for b in (2.0, 2.5)),
+    *(("reversed", BASE, b, "norm change, large first", (BASE, "norm change")) for b in (2.0, 2.5)),
+    ("levels", BASE, 1.75, "three levels, code", (BASE, "three levels, paper")),
+    ("levels", BASE, 1.75, "two levels", (BASE, "three levels, paper")),
+    *(("levels", BASE, b, "three levels, paper", (BASE, "norm change")) for b in (2.5,)),
+    *(("promotion", BASE, b, f"zeta {z:g}, reversed", (BASE, f"zeta {z:g}")) for b in (2.0, 2.5) for z in (1.5, 2.0)),
+    *(("layers", BASE, b, f"knapsack({s})", (BASE, f"tiers({s})")) for b in (2.0, 2.5)
+      for s in (CHANGE, "output_error")),
+]
+
+
+def arms(codec: str, evidence: scores.Evidence) -> list[Arm]:
+  """All arms of one codec: uniform widths of every codec, everything else with `BASE` only."""
+  shape = evidence.routers.shape[:2]
+  found = [Arm("uniform", codec, float(b), np.full(shape, b)) for b in WIDTHS]
+  if codec != BASE:
+    return found
+  found += [dataclasses.replace(arm, name=f"uniform, routers at {bits} bits", router_bits=bits)
+            for arm in found[1:] for bits in (8, 4)]
+  found += [Arm(f"full precision, routers at {bits} bits", codec, 16.0, None, bits) for bits in (8, 4)]
+  found.append(Arm("full precision", codec, 16.0, None))
+  score = {name: scores.sensitivity(name, evidence) for name in (
+      CHANGE, NORM, "max_var", "max_var(variant='code')", "output_error")}
+  order = {name: tiers.order(values, descending=True) for name, values in score.items()}
+  for budget in (2.0, 2.5):
+    plan = functools.partial(_tiers, codec, budget, shape[1])
+    found += [plan("norm change", order[CHANGE]), plan("final norm", order[NORM]),
+              plan("norm change, large first", tiers.order(score[CHANGE])),
+              plan("high variance first", order["max_var"]), plan("low variance first", tiers.order(score["max_var"])),
+              plan(f"tiers({CHANGE})", order[CHANGE]), plan("tiers(output_error)", order["output_error"])]
+    for zeta in (1.5, 2.0, 3.0):
+      found.append(plan(f"zeta {zeta:g}", _reranked(order[CHANGE], score["max_var"], zeta, "paper")))
+    for zeta in (1.5, 2.0):
+      found += [plan(f"zeta {zeta:g}, reversed", _reranked(order[CHANGE], score["max_var"], zeta, "code")),
+                plan(f"zeta {zeta:g}, MaxVar of the largest-norm row",
+                     _reranked(order[CHANGE], score["max_var(variant='code')"], zeta, "paper"))]
+    ask = methods.Inputs(WIDTHS, shape, lambda spec: scores.as_cost(spec, evidence), None, 1, 0)
+    found += [Arm(f"knapsack({s})", codec, budget, methods.candidates(f"knapsack({s})", budget, ask)[0].plan.bits)
+              for s in (CHANGE, "output_error")]
+  for budget, names in ((1.75, ("paper", "code")), (2.5, ("paper",))):
+    for variant in names:
+      counts = tiers.counts_three(shape[1], budget, *WIDTHS, variant=variant)
+      found.append(Arm(f"three levels, {variant}", codec, budget, tiers.assign(order[CHANGE], counts, WIDTHS)))
+  found.append(_tiers(codec, 1.75, shape[1], "two levels", order[CHANGE]))
+  return found
+
+
+def _tiers(codec: str, budget: float, experts: int, name: str, orders: np.ndarray) -> Arm:
+  counts = methods.tier_counts(budget, WIDTHS, experts, 2)
+  return Arm(name, codec, budget, tiers.assign(orders, tuple(counts.values()), tuple(counts)))
+
+
+def _reranked(orders: np.ndarray, maxvar: np.ndarray, zeta: float, variant: str) -> np.ndarray:
+  return np.stack([tiers.rerank(o, v, zeta, variant) for o, v in zip(orders, maxvar, strict=True)])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def calibration(config: ml_collections.ConfigDict, tokenizer: Any) -> list[np.ndarray]:
+  """Calibration batches of one set: random windows of the training text, equal shares of every domain."""
+  rng, domains = np.random.default_rng([config.calibration_seed, 5]), sorted(config.domains)
+  documents = [d for d in data.calibration() if d.domain in domains]
+  streams = data.encode(data.thin(documents, 48 * config.length * config.calibration), tokenizer)
+  rows = []
+  for domain in domains:
+    tokens = streams[domain].tokens
+    starts = rng.choice(len(tokens) // config.length, config.calibration, replace=False) * config.length
+    rows += [tokens[start:start + config.length] for start in starts]
+  rows = np.stack(rows).astype(np.int32)
+  return [rows[i:i + config.batch] for i in range(0, len(rows), config.batch)]
+
+
+def with_routers(blocks: Sequence[Any], bits: int) -> list[Any]:
+  """The blocks with their routers rounded to nearest, one scale for 128 inputs at 4 bits and for each row at 8."""
+  if bits == 16:
+    return list(blocks)
+  codec = codecs.get("rtn(group=128)" if bits == 4 else "rtn(group=0)")
+
+  def change(path: Any, leaf: Any) -> Any:
+    if "router" not in jax.tree_util.keystr(path):
+      return leaf
+    w = jnp.asarray(leaf, jnp.float32).T  # [D, E]
+    return codecs.decode(codec.encode(w, bits), codec.group, w.shape[0]).T.astype(leaf.dtype)
+
+  return [jax.tree_util.tree_map_with_path(change, block) for block in blocks]
+
+
+def run(config: ml_collections.ConfigDict, workdir: Path) -> None:
+  """Measures all arms with one calibration set into `rows.jsonl` and `losses.jsonl`; goes on where it was.
+
+  Args:
+    config: see `get_config`.
+    workdir: of this set; the comparisons over all sets beside it go to its parent.
+  """
+  rows_path, losses_path = workdir / "rows.jsonl", workdir / "losses.jsonl"
+  done = {row["id"] for row in results.read(losses_path)}
+  subject = workspace.open_checkpoint(config.checkpoint, config.compute_dtype)
+  text = workspace.read_text(config, subject.tokenizer)
+  print("calibrating", flush=True)
+  stats = statistics.collect(subject.functions, subject.top, subject.blocks, calibration(config, subject.tokenizer))
+  ready = candidates.shrink_unrouted(stats)
+  against = perplexity.reference(subject.functions, subject.top, subject.blocks, text.evaluation)
+  stamp = {"seed": config.calibration_seed, "config_hash": artifacts.digest(runs.plain(config))}
+  for name in CODECS:
+    codec = codecs.get(name)
+    if all(f"{arm}@{b:g}@{codec}" in done for b in WIDTHS for arm in ("uniform",)) and str(codec) != BASE:
+      continue
+    layers = []
+    with progress.bar(f"encode {codec}", subject.shape[0]) as advance:
+      for layer, block in enumerate(subject.sparse_blocks()):
+        layers.append(candidates.encode_layer(subject.functions.experts(block), ready, layer, codec=codec,
+                                              widths=WIDTHS))
+        advance()
+    experts = [subject.functions.experts(block) for block in subject.sparse_blocks()]
+    errors = candidates.error_table(layers, widths=WIDTHS, codec=codec)
+    evidence = scores.Evidence(stats, errors, subject.routers, subject.routers_init, experts)
+    wanted = [arm for arm in arms(str(codec), evidence) if _id(arm) not in done]
+    with progress.bar(f"evaluate {codec}", len(wanted)) as advance:
+      for arm in wanted:
+        loss = _loss(subject, text, layers, codec, arm, against)
+        delta, stderr = perplexity.paired(loss, against.loss)
+        row = {"id": _id(arm), "arm": arm.name, "codec": arm.codec, "budget": arm.budget, "loss": float(loss.mean()),
+               "nominal_bits": 16.0 if arm.bits is None else float(arm.bits.mean()), "loss_delta": delta,
+               "loss_delta_ci95": 1.96 * stderr, "router_bits": arm.router_bits}
+        results.append(rows_path, row | stamp)
+        results.append(losses_path, {"id": _id(arm)} | {f"sequence_{i:06d}": float(x) for i, x in enumerate(loss)})
+        advance(note=f"{_id(arm)}: {delta:+.4f}")
+    if str(codec) == BASE:
+      artifacts.write_json(workdir / "correlations.json", _correlations(evidence) | stamp)
+  summarise(workdir.parent)
+
+
+def _id(arm: Arm) -> str:
+  return f"{arm.name}@{arm.budget:g}@{arm.codec}"
+
+
+def _loss(subject: workspace.Subject, text: workspace.Text, layers: Sequence[Any], codec: codecs.Codec, arm: Arm,
+          against: perplexity.Reference) -> np.ndarray:
+  blocks = with_routers(subject.blocks, arm.router_bits)
+  if arm.bits is not None:
+    packed = [apply.pack_layer(codes, bits, widths=WIDTHS, group=codec.group, sized=True)
+              for codes, bits in zip(layers, arm.bits, strict=True)]
+    blocks = apply.quantized_blocks(subject.functions, blocks, packed)
+  return perplexity.measure(subject.functions, subject.top, blocks, text.evaluation, against).loss
+
+
+def _correlations(evidence: scores.Evidence) -> dict[str, list[float]]:
+  """Rank correlations of two scores inside each layer."""
+  values = {name: scores.evaluate(name, evidence) for name in (CHANGE, NORM, "frequency", "max_var",
+                                                               "max_var(variant='code')")}
+  return {f"{a}, {b}": [float(scipy.stats.spearmanr(x, y).statistic) for x, y in zip(values[a], values[b], strict=True)]
+          for a, b in ((NORM, CHANGE), (CHANGE, "frequency"), (NORM, "frequency"), (CHANGE, "max_var"),
+                       ("max_var", "max_var(variant='code')"))}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Summary
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def summarise(directory: Path) -> None:
+  """Compares the arms, paired over sequences after the mean over calibration sets, in `comparisons.jsonl`."""
+  tables = [{row["id"]: np.array(list(results.numbered(row, "sequence_"))) for row in results.read(path)}
+            for path in sorted(directory.glob("*/losses.jsonl"))]
+  path = directory / "comparisons.jsonl"
+  path.unlink(missing_ok=True)
+  shown = rich_table.Table("claim", "bits", "arm", "against", "difference, nats", "of each set")
+  for claim, codec, budget, arm, (other_codec, other) in COMPARISONS:
+    one, two = (f"{name}@{budget:g}@{codecs.get(c)}" for name, c in ((arm, codec), (other, other_codec)))
+    both = [(table[one], table[two]) for table in tables if one in table and two in table]
+    if not both:
+      continue
+    each = [float((a - b).mean()) for a, b in both]
+    delta, stderr = perplexity.paired(*(np.mean(part, axis=0) for part in zip(*both)))
+    row = {"id": f"{claim}: {one} - {two}", "claim": claim, "arm": one, "against": two, "budget": budget,
+           "difference": delta, "difference_ci95": 1.96 * stderr, "sets": len(both),
+           **{f"set_{i}": value for i, value in enumerate(each)}}
+    results.append(path, row)
+    shown.add_row(claim, f"{budget:g}", f"{arm} {codec}", f"{other} {other_codec}",
+                  f"{delta:+.4f} ± {1.96 * stderr:.4f}", " ".join(f"{value:+.4f}" for value in each))
+  found = [json.loads(p.read_text()) for p in sorted(directory.glob("*/correlations.json"))]
+  console = rich_console.Console(width=200)
+  console.print(shown)
+  for name in found[0] if found else ():
+    if "," in name:
+      console.print(f"rank correlation inside layers, {name}: "
+                    + "; ".join(f"{np.mean(one[name]):+.2f}" for one in found))
