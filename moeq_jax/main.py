@@ -66,14 +66,19 @@ def _quickstart(arguments: Sequence[str]) -> None:
 
 def _run(arguments: Sequence[str]) -> None:
   config, workdir, overrides = _run_options(arguments)
-  config, workdir = _needed(config, COMMANDS["run"].usage), _needed(workdir, COMMANDS["run"].usage)
-  runs.execute(runs.load_config(config, overrides), Path(workdir))
+  config = _needed(config, COMMANDS["run"].usage)
+  runs.execute(runs.load_config(config, overrides), Path(workdir or _own_place(config)))
 
 
 def _sweep(arguments: Sequence[str]) -> None:
   config, workdir, overrides = _run_options(arguments)
   config = _needed(config, COMMANDS["sweep"].usage)
-  runs.sweep(config, overrides, Path(workdir or runs.ROOT / "runs" / Path(config.split(":", 1)[0]).stem))
+  runs.sweep(config, overrides, Path(workdir or _own_place(config)))
+
+
+def _own_place(config: str) -> Path:
+  """Where the runs of a config go that are given no place."""
+  return runs.ROOT / "runs" / Path(config.split(":", 1)[0]).stem
 
 
 def _report(arguments: Sequence[str]) -> None:
@@ -158,9 +163,9 @@ COMMANDS: dict[str, Command] = {
         "  ./launch.sh quickstart --config=configs/quickstart.py:smoke --workdir=runs/smoke", resumes=True),
     "run": Command(
         _run, "runs one config in a work directory",
-        "run --config=FILE.py[:ARG] --workdir=DIR [--config.field=value ...]",
-        f"options:\n{_RUN_OPTIONS}\n\n"
-        "examples:\n  ./launch.sh run --config=configs/pretrain_small.py --workdir=runs/pretrain\n"
+        "run --config=FILE.py[:ARG] [--workdir=DIR] [--config.field=value ...]",
+        f"options (workdir: runs/NAME-OF-FILE):\n{_RUN_OPTIONS}\n\n"
+        "examples:\n  ./launch.sh run --config=configs/paper/smoke.py\n"
         "  ./launch.sh run --config=configs/pretrain_small.py --workdir=runs/seed1 --config.seed=1", resumes=True),
     "sweep": Command(
         _sweep, "runs every point of a config's sweep(add), each in its own folder",

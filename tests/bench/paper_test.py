@@ -42,6 +42,13 @@ def test_the_plan_is_the_rule_s_and_only_gates_are_read(checkpoint: Path, monkey
     np.testing.assert_array_equal(bits[layer], np.where(np.isin(np.arange(8), order[:4]), 3, 2))
 
 
+def test_rates_are_of_what_was_done(checkpoint: Path):
+  found = _stream_parts.forward(checkpoint, rows=32)
+  assert found["gflops"] == pytest.approx(2 * 32 * 3 * 128 * 448 / found["seconds"] / 1e9)
+  digest = _stream_parts.digest(checkpoint)
+  assert digest["gb_per_second"] * digest["seconds"] * 1e9 == pytest.approx(convert.open_checkpoint(checkpoint).files.nbytes)
+
+
 def test_the_time_of_all_layers_is_extrapolated_and_held_against_the_limits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
   parts = {"paper": {"open_seconds": 1.0, "plan_seconds": 5.0, "peak_gib": 1.5},

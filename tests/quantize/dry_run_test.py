@@ -105,7 +105,7 @@ def test_a_shape_that_does_not_fit_is_found(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_mistakes_are_found_in_a_dry_run_too(tmp_path: Path):
-  for option, said in (("codec=gtpq", "did you mean 'gptq'"), ("budget=3.5", "tiers at 3.5 bits need a width below"),
+  for option, said in (("codec=gtpq", "did you mean 'gptq'"), ("budget=3.5", "3.5 bits per weight is out of the possible range"),
                        ("calibration.sequences=0", "needs text"), ("missing_routers=no", "it is 'error'"),
                        ("calibration.sequences=6", "fill whole batches")):
     with pytest.raises(ValueError, match=said):
