@@ -25,7 +25,7 @@ GPTQ_RATE, GPTQ_ROWS = 9.1e6, 4096
 # The same row, 4.7 GiB: beside the process and the expert, 4.5 times the moment of K = 14336.
 GPTQ_MOMENTS = 4.5
 # `bench paper`: an expert's forward pass in float32, and reading a checkpoint from disk and hashing it.
-FLOPS, READ = 100e9, 1e9
+FLOPS, READ = 287e9, 0.69e9
 
 SKEW = 2.0  # rows of the busiest expert, in even shares: an assumption, not a measurement
 SLABS = 6  # slabs of an encoder at once, `encode/stream.SLAB` each

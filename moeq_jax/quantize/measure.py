@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent import futures
 from typing import Any
 
 import numpy as np
@@ -292,6 +293,16 @@ class _Stack(Sequence):
 
   def __getitem__(self, expert: int) -> np.ndarray:
     return self._source.projection(self._layer, range(len(self))[expert], self._name)
+
+  def __iter__(self) -> Iterator[np.ndarray]:
+    """The experts one after the other; the next is read while one is in use."""
+    with futures.ThreadPoolExecutor(1) as reader:
+      following = reader.submit(self.__getitem__, 0)
+      for expert in range(len(self)):
+        weights = following.result()
+        if expert + 1 < len(self):
+          following = reader.submit(self.__getitem__, expert + 1)
+        yield weights
 
   def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
     return np.stack([np.asarray(w, dtype) for w in self])

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+SLAB = 2048  # neurons at a time: what stays in the cache is read ten times faster
+
 
 def max_var(evidence: Any, variant: str = "paper") -> np.ndarray:
   """Maximum intra-neuron variance, `[L, E]` (arXiv 2604.06515, section on MaxVar).
@@ -28,14 +30,16 @@ def max_var(evidence: Any, variant: str = "paper") -> np.ndarray:
     first = experts["gate" if "gate" in experts else "up"]  # [E, D, F]: neurons are columns; may be read one by one
     own = []
     for w in first:
-      variances, norms = map(np.asarray, _neurons(np.asarray(w).T))
+      neurons = np.asarray(w).T
+      parts = [_moments(neurons[i:i + SLAB]) for i in range(0, len(neurons), SLAB)]
+      variances, norms = (np.concatenate(part) for part in zip(*parts))
       own.append(variances.max() if variant == "paper" else variances[norms.argmax()] * len(w) / (len(w) - 1))
     rows.append(own)
   return np.array(rows, np.float64)
 
 
 @jax.jit
-def _neurons(weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _moments(weights: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Biased variance and squared norm of every row of `[F, D]`, float32."""
   weights = weights.astype(jnp.float32)
   return jnp.var(weights, axis=1), jnp.sum(jnp.square(weights), axis=1)

@@ -110,6 +110,7 @@ def test_experts_are_read_from_disk_a_projection_at_a_time(opened: subject.Subje
     assert set(layer) == set(own) and "bias" not in layer
     for name, weights in own.items():
       assert np.array_equal(np.asarray(layer[name], np.float32), np.asarray(weights)), name
+      assert np.array_equal(np.stack([w.astype(np.float32) for w in layer[name]]), np.asarray(weights)), name
   assert np.array_equal(planning.routers(opened), np.stack([b.moe.router[...] for b in tiny.model().blocks]))
 
 

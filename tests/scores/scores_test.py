@@ -1,6 +1,7 @@
 """Every score against its formula on small hand-made evidence, and what happens when evidence is missing or damaged."""
 
 import dataclasses
+import types
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,17 @@ def test_norm_change_is_a_difference_of_norms_not_the_norm_of_a_difference():
   initial = np.array([[[0, 0, 5, 0], [0, 0, 0, 3], [1, 0, 0, 0]]] * 2, np.float32)
   e = evidence(routers=routers, routers_init=initial)
   np.testing.assert_allclose(scores.evaluate("router_norm_change", e), [[0, -2, 1]] * 2, atol=1e-12)
+
+
+@pytest.mark.parametrize("variant", ["paper", "code"])
+def test_max_var_is_the_same_in_slabs_and_one_expert_at_a_time(variant: str, monkeypatch: pytest.MonkeyPatch):
+  random = np.random.default_rng(5)
+  gates = [random.normal(0, random.uniform(0.5, 2, (3, 1, 50)), (3, 20, 50)).astype(np.float32) for _ in range(2)]
+  known = [g.var(axis=1).max(axis=1) if variant == "paper" else np.array(
+      [w[:, np.square(w).sum(0).argmax()].var(ddof=1) for w in g]) for g in gates]
+  monkeypatch.setattr(weight, "SLAB", 16)
+  lazy = types.SimpleNamespace(experts=[{"gate": iter(layer)} for layer in gates])
+  np.testing.assert_allclose(weight.max_var(lazy, variant), known, rtol=1e-5)
 
 
 def test_the_two_variants_of_max_var():
