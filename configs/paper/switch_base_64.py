@@ -4,10 +4,10 @@ Command:   ./launch.sh run --config=configs/paper/switch_base_64.py:method=norm_
                --config.checkpoint=FINE-TUNED --config.pretrained=PRE-TRAINED --workdir=OUT
                --config.calibration.text=ARTICLES.txt --config.evaluation.text=OTHERS.txt
            ./launch.sh run --config=configs/paper/switch_base_64.py --config.dry_run=True   (no checkpoint needed)
-Hardware:  2 CPU cores, 16 GiB of memory, 12 GB of disk
-Expected:  @@HOURS_SWITCH@@ by the dry run's estimate; ROUGE-2 of 19.35 at 2.5 bits on the validation split (digitised from
-           a figure, +-0.02; one run), 19.87 in full precision, 17.45 at uniform 2 bits. ROUGE itself is measured by the
-           Switch track (docs/switch_track.md); this run reports the loss
+Hardware:  2 CPU cores, 2 GiB of memory, 12 GB of disk for both checkpoints and the result; no accelerator
+Expected:  not run by us. Under ten minutes by the dry run's estimate; ROUGE-2 of 19.35 at 2.5 bits on the validation
+           split (digitised from a figure, +-0.02; one run), 19.87 in full precision, 17.45 at uniform 2 bits. This run
+           reports the loss; the Switch track (docs/switch_track.md) measures ROUGE on models of its own
 Options:   method=norm_change_maxvar (default), norm_change, frequency, gate_weight or uniform; bits as in the figure
            (2.125, 2.25, 2.5, 2.75, 2.875); final=True ranks by the final norm, as the code that was run does
 Differs:   attention, dense layers and routers stay as stored, where the official code quantizes them to 8 bits; the

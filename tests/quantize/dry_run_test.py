@@ -132,6 +132,10 @@ def test_memory_of_gptq_on_one_expert_is_what_was_measured():
   found = estimates.stages(one, needs.Needs(False, False, False, False, True), codecs.get("gptq"), 3)
   encode = next(stage for stage in found if stage.name == "encode")
   assert encode.memory / 2**30 == pytest.approx(4.7, rel=0.08)
+  layers = AMOUNTS.__class__(**{**AMOUNTS.__dict__, "bits": 2.5})  # 2 bits and the scales of groups of 64
+  for name in ("rtn", "hqq"):
+    found = estimates.stages(layers, needs.Needs(False, False, False, False, False), codecs.get(name), 1)
+    assert next(s for s in found if s.name == "encode").memory / 2**30 == pytest.approx(1.68, rel=0.1)
 
 
 def test_more_sweeps_and_tokens_take_longer_and_more_memory():
