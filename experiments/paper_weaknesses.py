@@ -55,7 +55,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.file = "experiments/paper_weaknesses.py"
   config.task = "experiment"
   config.calibration_seed = 0
-  config.evaluation = 24  # sequences of each domain
+  config.evaluation = 16  # sequences of each domain
   config.damage.sequences = 0
   return config
 
@@ -162,18 +162,21 @@ def _reranked(orders: np.ndarray, maxvar: np.ndarray, zeta: float, variant: str)
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def calibration(config: ml_collections.ConfigDict, tokenizer: Any) -> list[np.ndarray]:
-  """Calibration batches of one set: random windows of the training text, equal shares of every domain."""
+def read_text(config: ml_collections.ConfigDict, tokenizer: Any) -> tuple[list[np.ndarray], list[np.ndarray]]:
+  """Batches for calibration, random windows of the training text, another set for each seed; and for evaluation, evenly
+  spread windows of the held-out text; equal shares of every domain."""
   rng, domains = np.random.default_rng([config.calibration_seed, 5]), sorted(config.domains)
-  documents = [d for d in data.calibration() if d.domain in domains]
-  streams = data.encode(data.thin(documents, 48 * config.length * config.calibration), tokenizer)
-  rows = []
-  for domain in domains:
-    tokens = streams[domain].tokens
-    starts = rng.choice(len(tokens) // config.length, config.calibration, replace=False) * config.length
-    rows += [tokens[start:start + config.length] for start in starts]
-  rows = np.stack(rows).astype(np.int32)
-  return [rows[i:i + config.batch] for i in range(0, len(rows), config.batch)]
+  parts: list[list[np.ndarray]] = []
+  for documents, count in ((data.calibration(), config.calibration), (data.held_out(), config.evaluation)):
+    chosen = data.thin([d for d in documents if d.domain in domains], 48 * config.length * count)
+    streams, rows = data.encode(chosen, tokenizer), []
+    for domain in domains:
+      tokens = streams[domain].tokens
+      room = len(tokens) // config.length
+      starts = np.arange(count) * room // count if parts else rng.choice(room, count, replace=False)
+      rows += [tokens[start * config.length:(start + 1) * config.length] for start in starts]
+    parts.append([np.stack(rows[i:i + config.batch]).astype(np.int32) for i in range(0, len(rows), config.batch)])
+  return parts[0], parts[1]
 
 
 def with_routers(blocks: Sequence[Any], bits: int) -> list[Any]:
@@ -201,15 +204,15 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> None:
   rows_path, losses_path = workdir / "rows.jsonl", workdir / "losses.jsonl"
   done = {row["id"] for row in results.read(losses_path)}
   subject = workspace.open_checkpoint(config.checkpoint, config.compute_dtype)
-  text = workspace.read_text(config, subject.tokenizer)
-  print("calibrating", flush=True)
-  stats = statistics.collect(subject.functions, subject.top, subject.blocks, calibration(config, subject.tokenizer))
+  calibration, evaluation = read_text(config, subject.tokenizer)
+  with progress.bar("calibrate", len(calibration)) as advance:
+    stats = statistics.collect(subject.functions, subject.top, subject.blocks, calibration, advance=advance)
   ready = candidates.shrink_unrouted(stats)
-  against = perplexity.reference(subject.functions, subject.top, subject.blocks, text.evaluation)
+  against = perplexity.reference(subject.functions, subject.top, subject.blocks, evaluation)
   stamp = {"seed": config.calibration_seed, "config_hash": artifacts.digest(runs.plain(config))}
   for name in CODECS:
     codec = codecs.get(name)
-    if all(f"{arm}@{b:g}@{codec}" in done for b in WIDTHS for arm in ("uniform",)) and str(codec) != BASE:
+    if str(codec) != BASE and all(f"uniform@{b:g}@{codec}" in done for b in WIDTHS):
       continue
     layers = []
     with progress.bar(f"encode {codec}", subject.shape[0]) as advance:
@@ -221,13 +224,16 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> None:
     errors = candidates.error_table(layers, widths=WIDTHS, codec=codec)
     evidence = scores.Evidence(stats, errors, subject.routers, subject.routers_init, experts)
     wanted = [arm for arm in arms(str(codec), evidence) if _id(arm) not in done]
+    seen: dict[tuple[str, int], np.ndarray] = {}  # arms may have equal plans
     with progress.bar(f"evaluate {codec}", len(wanted)) as advance:
       for arm in wanted:
-        loss = _loss(subject, text, layers, codec, arm, against)
+        plan = artifacts.digest(arm.bits) if arm.bits is not None else "", arm.router_bits
+        loss = seen[plan] = _loss(subject, evaluation, layers, codec, arm, against) if plan not in seen else seen[plan]
         delta, stderr = perplexity.paired(loss, against.loss)
         row = {"id": _id(arm), "arm": arm.name, "codec": arm.codec, "budget": arm.budget, "loss": float(loss.mean()),
                "nominal_bits": 16.0 if arm.bits is None else float(arm.bits.mean()), "loss_delta": delta,
-               "loss_delta_ci95": 1.96 * stderr, "router_bits": arm.router_bits}
+               "loss_delta_ci95": 1.96 * stderr, "router_bits": arm.router_bits,
+               "plan": None if arm.bits is None else artifacts.digest(arm.bits)}
         results.append(rows_path, row | stamp)
         results.append(losses_path, {"id": _id(arm)} | {f"sequence_{i:06d}": float(x) for i, x in enumerate(loss)})
         advance(note=f"{_id(arm)}: {delta:+.4f}")
@@ -240,14 +246,14 @@ def _id(arm: Arm) -> str:
   return f"{arm.name}@{arm.budget:g}@{arm.codec}"
 
 
-def _loss(subject: workspace.Subject, text: workspace.Text, layers: Sequence[Any], codec: codecs.Codec, arm: Arm,
-          against: perplexity.Reference) -> np.ndarray:
+def _loss(subject: workspace.Subject, evaluation: Sequence[np.ndarray], layers: Sequence[Any], codec: codecs.Codec,
+          arm: Arm, against: perplexity.Reference) -> np.ndarray:
   blocks = with_routers(subject.blocks, arm.router_bits)
   if arm.bits is not None:
     packed = [apply.pack_layer(codes, bits, widths=WIDTHS, group=codec.group, sized=True)
               for codes, bits in zip(layers, arm.bits, strict=True)]
     blocks = apply.quantized_blocks(subject.functions, blocks, packed)
-  return perplexity.measure(subject.functions, subject.top, blocks, text.evaluation, against).loss
+  return perplexity.measure(subject.functions, subject.top, blocks, evaluation, against).loss
 
 
 def _correlations(evidence: scores.Evidence) -> dict[str, list[float]]:
