@@ -13,6 +13,7 @@ Claims under test, one arm against another, everything else equal (docs/paper.md
   layers     the same score, the same counts in every layer or one budget for all layers
 
 Command:   ./launch.sh sweep --config=experiments/paper_weaknesses.py --workdir=runs/paper_weaknesses
+           `:light` is round-to-nearest on a third of the text: half a minute, without the claim on GPTQ
 Hardware:  2 CPU cores, 3 GiB
 Expected:  about ten minutes on idle cores; three calibration sets, one folder each. The last prints the comparisons, which are then in
            runs/paper_weaknesses/comparisons.jsonl (experiments/results/paper_weaknesses.jsonl holds them and all rows)
@@ -33,7 +34,7 @@ import scipy.stats
 from rich import console as rich_console
 from rich import table as rich_table
 
-from configs import quickstart
+from configs import common, quickstart
 from moeq_jax import artifacts, codecs, data, progress, results, runs, scores, workspace
 from moeq_jax.allocate import methods, tiers
 from moeq_jax.assemble import apply
@@ -42,21 +43,24 @@ from moeq_jax.encode import candidates
 from moeq_jax.evaluate import perplexity
 
 WIDTHS = (1, 2, 3)
-BASE = "gptq(group=128)"
-CODECS = (BASE, "gptq_official(group=128)", "gptq_official(group=128, feedback=always)",
+OFFICIAL = "gptq_official(group=128)"
+CODECS = ("gptq(group=128)", OFFICIAL, "gptq_official(group=128, feedback=always)",
           "gptq_official(group=128, search=squared)", "rtn(group=128)")
 CHANGE, NORM = "router_norm_change", "router_norm"
 SEEDS = (0, 1, 2)
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-  """The config; `arg` as in configs/quickstart.py."""
-  config = quickstart.get_config(arg)
+  """The config; `arg` may be `light`."""
+  arg = common.parse_arg(arg, light=False)
+  config = quickstart.get_config()
   config.file = "experiments/paper_weaknesses.py"
   config.task = "experiment"
   config.calibration_seed = 0
   config.evaluation = 16  # sequences of each domain
-  config.damage.sequences = 0
+  config.codecs = CODECS  # the first has all arms, the others uniform widths
+  if arg.light:
+    config.update(codecs=("rtn(group=128)",), calibration=8, evaluation=8, batch=24)
   return config
 
 
@@ -90,33 +94,31 @@ class Arm:
   router_bits: int = 16
 
 
-# What is compared: claim, codec, budget, arm, the arm that it is held against.
+# What is compared under one codec: claim, budgets, arm, the arm that it is held against.
 COMPARISONS = [
-    *(("gptq", codec, float(b), "uniform", (BASE, "uniform")) for b in WIDTHS for codec in CODECS[1:]),
-    *(("gptq", CODECS[1], float(b), "uniform", (CODECS[2], "uniform")) for b in WIDTHS),
-    *(("router", BASE, float(b), f"{kind}, routers at {r} bits", (BASE, kind)) for kind, b in (
-        ("full precision", 16), ("uniform", 2), ("uniform", 3)) for r in (8, 4)),
-    *(("maxvar", BASE, b, f"zeta {z:g}, MaxVar of the largest-norm row", (BASE, f"zeta {z:g}"))
-      for b in (2.0, 2.5) for z in (1.5, 2.0)),
-    *(("maxvar", BASE, b, f"zeta {z:g}", (BASE, "norm change")) for b in (2.0, 2.5) for z in (1.5, 2.0, 3.0)),
-    *(("final", BASE, b, "final norm", (BASE, "norm change")) for b in (2.0, 2.5)),
-    *(("variance", BASE, b, "low variance first", (BASE, "high variance first")) for b in (2.0, 2.5)),
-    *(("variance", BASE, b, "norm change", (BASE, "high variance first")) for b in (2.0, 2.5)),
-    *(("reversed", BASE, b, "norm change, large first", (BASE, "norm change")) for b in (2.0, 2.5)),
-    ("levels", BASE, 1.75, "three levels, code", (BASE, "three levels, paper")),
-    ("levels", BASE, 1.75, "two levels", (BASE, "three levels, paper")),
-    *(("levels", BASE, b, "three levels, paper", (BASE, "norm change")) for b in (2.5,)),
-    *(("promotion", BASE, b, f"zeta {z:g}, reversed", (BASE, f"zeta {z:g}")) for b in (2.0, 2.5) for z in (1.5, 2.0)),
-    *(("layers", BASE, b, f"knapsack({s})", (BASE, f"tiers({s})")) for b in (2.0, 2.5)
-      for s in (CHANGE, "output_error")),
+    *(("router", (2, 3), f"uniform, routers at {r} bits", "uniform") for r in (8, 4)),
+    *(("router", (16,), f"full precision, routers at {r} bits", "full precision") for r in (8, 4)),
+    *(("maxvar", (2, 2.5), f"zeta {z:g}, MaxVar of the largest-norm row", f"zeta {z:g}") for z in (1.5, 2)),
+    *(("maxvar", (2, 2.5), f"zeta {z:g}", "norm change") for z in (1.5, 2, 3)),
+    ("final", (2, 2.5), "final norm", "norm change"),
+    ("variance", (2, 2.5), "low variance first", "high variance first"),
+    ("variance", (2, 2.5), "norm change", "high variance first"),
+    ("reversed", (2, 2.5), "norm change, large first", "norm change"),
+    ("levels", (1.75,), "three levels, code", "three levels, paper"),
+    ("levels", (1.75,), "two levels", "three levels, paper"),
+    ("levels", (2.5,), "three levels, paper", "norm change"),
+    *(("promotion", (2, 2.5), f"zeta {z:g}, reversed", f"zeta {z:g}") for z in (1.5, 2)),
+    *(("layers", (2, 2.5), f"knapsack({s})", f"tiers({s})") for s in (CHANGE, "output_error")),
 ]
+# Codecs that are compared at uniform widths.
+CODEC_PAIRS = [*((other, CODECS[0]) for other in CODECS[1:]), (OFFICIAL, CODECS[2]), (OFFICIAL, CODECS[3])]
 
 
-def arms(codec: str, evidence: scores.Evidence) -> list[Arm]:
-  """All arms of one codec: uniform widths of every codec, everything else with `BASE` only."""
+def arms(codec: str, evidence: scores.Evidence, everything: bool) -> list[Arm]:
+  """The arms of one codec: uniform widths, and all others if `everything` is asked for."""
   shape = evidence.routers.shape[:2]
   found = [Arm("uniform", codec, float(b), np.full(shape, b)) for b in WIDTHS]
-  if codec != BASE:
+  if not everything:
     return found
   found += [dataclasses.replace(arm, name=f"uniform, routers at {bits} bits", router_bits=bits)
             for arm in found[1:] for bits in (8, 4)]
@@ -210,9 +212,9 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> None:
   ready = candidates.shrink_unrouted(stats)
   against = perplexity.reference(subject.functions, subject.top, subject.blocks, evaluation)
   stamp = {"seed": config.calibration_seed, "config_hash": artifacts.digest(runs.plain(config))}
-  for name in CODECS:
+  for number, name in enumerate(config.codecs):
     codec = codecs.get(name)
-    if str(codec) != BASE and all(f"uniform@{b:g}@{codec}" in done for b in WIDTHS):
+    if number and all(f"uniform@{b:g}@{codec}" in done for b in WIDTHS):
       continue
     layers = []
     with progress.bar(f"encode {codec}", subject.shape[0]) as advance:
@@ -223,7 +225,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> None:
     experts = [subject.functions.experts(block) for block in subject.sparse_blocks()]
     errors = candidates.error_table(layers, widths=WIDTHS, codec=codec)
     evidence = scores.Evidence(stats, errors, subject.routers, subject.routers_init, experts)
-    wanted = [arm for arm in arms(str(codec), evidence) if _id(arm) not in done]
+    wanted = [arm for arm in arms(str(codec), evidence, number == 0) if _id(arm) not in done]
     seen: dict[tuple[str, int], np.ndarray] = {}  # arms may have equal plans
     with progress.bar(f"evaluate {codec}", len(wanted)) as advance:
       for arm in wanted:
@@ -237,7 +239,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> None:
         results.append(rows_path, row | stamp)
         results.append(losses_path, {"id": _id(arm)} | {f"sequence_{i:06d}": float(x) for i, x in enumerate(loss)})
         advance(note=f"{_id(arm)}: {delta:+.4f}")
-    if str(codec) == BASE:
+    if not number:
       artifacts.write_json(workdir / "correlations.json", _correlations(evidence) | stamp)
   summarise(workdir.parent)
 
@@ -277,8 +279,11 @@ def summarise(directory: Path) -> None:
   path = directory / "comparisons.jsonl"
   path.unlink(missing_ok=True)
   shown = rich_table.Table("claim", "bits", "arm", "against", "difference, nats", "of each set")
-  for claim, codec, budget, arm, (other_codec, other) in COMPARISONS:
-    one, two = (f"{name}@{budget:g}@{codecs.get(c)}" for name, c in ((arm, codec), (other, other_codec)))
+  base = next((i for table in tables for i in table if i.startswith("full precision@")), "@@").split("@")[2]
+  pairs = [(claim, budget, (arm, base), (other, base)) for claim, budgets, arm, other in COMPARISONS for budget in budgets]
+  pairs += [("gptq", width, ("uniform", one), ("uniform", two)) for one, two in CODEC_PAIRS for width in WIDTHS]
+  for claim, budget, *sides in pairs:
+    one, two = (f"{name}@{budget:g}@{codec}" for name, codec in sides)
     both = [(table[one], table[two]) for table in tables if one in table and two in table]
     if not both:
       continue
@@ -288,7 +293,7 @@ def summarise(directory: Path) -> None:
            "difference": delta, "difference_ci95": 1.96 * stderr, "sets": len(both),
            **{f"set_{i}": value for i, value in enumerate(each)}}
     results.append(path, row)
-    shown.add_row(claim, f"{budget:g}", f"{arm} {codec}", f"{other} {other_codec}",
+    shown.add_row(claim, f"{budget:g}", " ".join(sides[0]), " ".join(sides[1]),
                   f"{delta:+.4f} ± {1.96 * stderr:.4f}", " ".join(f"{value:+.4f}" for value in each))
   found = [json.loads(p.read_text()) for p in sorted(directory.glob("*/correlations.json"))]
   console = rich_console.Console(width=200)
