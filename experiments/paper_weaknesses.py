@@ -13,7 +13,8 @@ Claims under test, one arm against another, everything else equal (docs/paper.md
   layers     the same score, the same counts in every layer or one budget for all layers
 
 Command:   ./launch.sh sweep --config=experiments/paper_weaknesses.py --workdir=runs/paper_weaknesses
-           `:light` is round-to-nearest on a third of the text: half a minute, without the claim on GPTQ
+           `:light` is round-to-nearest on less text: a minute, without the claim on GPTQ; `:matrices` compares GPTQ's
+           variants by the output error of one layer: half a minute
 Hardware:  2 CPU cores, 3 GiB
 Expected:  about ten minutes on idle cores; three calibration sets, one folder each. The last prints the comparisons, which are then in
            runs/paper_weaknesses/comparisons.jsonl (experiments/results/paper_weaknesses.jsonl holds them and all rows)
@@ -51,16 +52,19 @@ SEEDS = (0, 1, 2)
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-  """The config; `arg` may be `light`."""
-  arg = common.parse_arg(arg, light=False)
+  """The config; `arg` may be `light` or `matrices`."""
+  arg = common.parse_arg(arg, light=False, matrices=False)
   config = quickstart.get_config()
   config.file = "experiments/paper_weaknesses.py"
   config.task = "experiment"
   config.calibration_seed = 0
   config.evaluation = 16  # sequences of each domain
   config.codecs = CODECS  # the first has all arms, the others uniform widths
+  config.matrices = arg.matrices
+  if arg.light or arg.matrices:
+    config.update(calibration=8, evaluation=8, batch=24)
   if arg.light:
-    config.update(codecs=("rtn(group=128)",), calibration=8, evaluation=8, batch=24)
+    config.update(codecs=("rtn(group=128)",))
   return config
 
 
@@ -210,6 +214,9 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> None:
   with progress.bar("calibrate", len(calibration)) as advance:
     stats = statistics.collect(subject.functions, subject.top, subject.blocks, calibration, advance=advance)
   ready = candidates.shrink_unrouted(stats)
+  if config.matrices:
+    artifacts.write_json(workdir / "matrices.json", matrices(config, subject, ready))
+    return
   against = perplexity.reference(subject.functions, subject.top, subject.blocks, evaluation)
   stamp = {"seed": config.calibration_seed, "config_hash": artifacts.digest(runs.plain(config))}
   for number, name in enumerate(config.codecs):
@@ -242,6 +249,21 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> None:
     if not number:
       artifacts.write_json(workdir / "correlations.json", _correlations(evidence) | stamp)
   summarise(workdir.parent)
+
+
+def matrices(config: ml_collections.ConfigDict, subject: workspace.Subject, stats: artifacts.Stats) -> dict[str, Any]:
+  """The squared output error of the middle MoE layer's experts by each codec, relative to the first one's, at 1, 2 and 3
+  bits, on the inputs that calibrate; printed."""
+  layer, found = subject.shape[0] // 2, {}
+  experts = subject.functions.experts(subject.sparse_blocks()[layer])
+  for name in config.codecs:
+    codes = candidates.encode_layer(experts, stats, layer, codec=codecs.get(name), widths=WIDTHS)
+    found[name] = codes.errors["output"].sum((0, 1))
+    ratio = ", ".join(f"{value:.3f}" for value in found[name] / found[config.codecs[0]])
+    print(f"layer {layer}, {name}: output error at {', '.join(map(str, WIDTHS))} bits, of the first codec's: {ratio}",
+          flush=True)
+  return {name: {"widths": list(WIDTHS), "ratio": (errors / found[config.codecs[0]]).tolist()}
+          for name, errors in found.items()} | {"layer": layer, "config_hash": artifacts.digest(runs.plain(config))}
 
 
 def _id(arm: Arm) -> str:
