@@ -25,7 +25,8 @@ Fields worth knowing, beside those above:
   sequential     GPTQ sees the inputs that the quantized layers before it give
   export         copies: "('hf',)", "('compressed-tensors',)", "('compressed-tensors(width=4)',)"
   pretrained     for tiers(router_norm_change): the checkpoint that this one was fine-tuned from, unless
-                 router_init.safetensors is beside it; missing_routers=norm ranks by the final norm where neither is there
+                 router_init.safetensors is beside it; missing_routers=norm ranks by the final norm where neither
+                 is there
   dry_run        checks every shape and prints memory, disk, sizes and hours; reads no weight
 """
 

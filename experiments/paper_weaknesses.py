@@ -16,8 +16,8 @@ Command:   ./launch.sh sweep --config=experiments/paper_weaknesses.py --workdir=
            `:light` is round-to-nearest on less text: a minute, without the claim on GPTQ; `:matrices` compares GPTQ's
            variants by the output error of one layer: half a minute
 Hardware:  2 CPU cores, 3 GiB
-Expected:  about ten minutes on idle cores; three calibration sets, one folder each. The last prints the comparisons, which are then in
-           runs/paper_weaknesses/comparisons.jsonl (experiments/results/paper_weaknesses.jsonl holds them and all rows)
+Expected:  about ten minutes on idle cores; three calibration sets, one folder each. The last prints the comparisons,
+           which are then in runs/paper_weaknesses/comparisons.jsonl (experiments/results/paper_weaknesses.jsonl holds them and all rows)
 """
 
 import dataclasses
@@ -252,8 +252,8 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> None:
 
 
 def matrices(config: ml_collections.ConfigDict, subject: workspace.Subject, stats: artifacts.Stats) -> dict[str, Any]:
-  """The squared output error of the middle MoE layer's experts by each codec, relative to the first one's, at 1, 2 and 3
-  bits, on the inputs that calibrate; printed."""
+  """The squared output error of the middle MoE layer's experts by each codec, relative to the first one's, at 1, 2 and
+  3 bits, on the inputs that calibrate; printed."""
   layer, found = subject.shape[0] // 2, {}
   experts = subject.functions.experts(subject.sparse_blocks()[layer])
   for name in config.codecs:
@@ -302,7 +302,8 @@ def summarise(directory: Path) -> None:
   path.unlink(missing_ok=True)
   shown = rich_table.Table("claim", "bits", "arm", "against", "difference, nats", "of each set")
   base = next((i for table in tables for i in table if i.startswith("full precision@")), "@@").split("@")[2]
-  pairs = [(claim, budget, (arm, base), (other, base)) for claim, budgets, arm, other in COMPARISONS for budget in budgets]
+  pairs = [(claim, budget, (arm, base), (other, base)) for claim, budgets, arm, other in COMPARISONS
+           for budget in budgets]
   pairs += [("gptq", width, ("uniform", one), ("uniform", two)) for one, two in CODEC_PAIRS for width in WIDTHS]
   for claim, budget, *sides in pairs:
     one, two = (f"{name}@{budget:g}@{codec}" for name, codec in sides)

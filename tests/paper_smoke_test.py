@@ -38,7 +38,8 @@ def test_a_plan_that_is_not_the_rule_s_is_refused(tmp_path: Path):
   routers = convert.routers(tiny.model()).astype(np.float64)
   initial = convert.load_routers(checkpoint / "router_init.safetensors", routers.shape).astype(np.float64)
   orders = tiers.order(np.linalg.norm(routers, axis=-1) - np.linalg.norm(initial, axis=-1))
-  gates = [[np.asarray(w, np.float64) for w in tiny.functions().experts(block)["gate"]] for block in tiny.model().blocks]
+  gates = [[np.asarray(w, np.float64) for w in tiny.functions().experts(block)["gate"]]
+           for block in tiny.model().blocks]
   ranked = np.stack([tiers.rerank(o, [g.var(axis=0).max() for g in layer]) for o, layer in zip(orders, gates)])
   bits = tiers.assign(ranked, (2, 3, 1), (1, 2, 3))
   moved = smoke.check("tiny", config, bits, {1: 2, 2: 3, 3: 1}, "paper")

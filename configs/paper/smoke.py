@@ -4,8 +4,8 @@ Command:   ./launch.sh run --config=configs/paper/smoke.py
 Hardware:  2 CPU cores, 2 GiB
 Expected:  under a minute on idle cores; four rows, and status 0 only if every plan is what the rule says
 
-The Mixtral-like model is the shipped one, with its routers before training, by GPTQ at three levels and 1.75 bits, where
-the counts of the paper's text and of its code differ. The Switch-like one is made on the spot, with a pre-trained
+The Mixtral-like model is the shipped one, with its routers before training, by GPTQ at three levels and 1.75 bits,
+where the counts of the paper's text and of its code differ. The Switch-like one is made on the spot, with a pre-trained
 checkpoint for its initial routers and experts whose weights vary much more than the others', by row-wise HQQ at two
 levels; its weights are random, so its loss says nothing.
 """

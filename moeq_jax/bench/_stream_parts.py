@@ -1,4 +1,5 @@
-"""What `bench stream` and `bench paper` run in processes of their own: `python -m moeq_jax.bench._stream_parts PART DIRECTORY`.
+"""What `bench stream` and `bench paper` run in processes of their own:
+`python -m moeq_jax.bench._stream_parts PART DIRECTORY`.
 
 Each part prints one JSON object as its last line.
 """

@@ -23,7 +23,8 @@ def run(layers: int = 3, directory: str = "", shrink: int = 1) -> dict[str, Any]
   The checkpoint has true layers (hidden 4096, ffn 14336, 8 experts, bfloat16, 2.7 GiB each) of random weights, four
   million numbers repeated from another place and with another scale in every tensor; all bytes are on disk, and what
   the system keeps of them in memory is given up before the clock starts. MaxVar reads the gate projection of every
-  expert, a third of the experts' bytes, one at a time. It takes 2.9 GB of disk a layer; all of it is deleted afterwards.
+  expert, a third of the experts' bytes, one at a time. It takes 2.9 GB of disk a layer; all of it is deleted
+  afterwards.
 
   Besides, for the estimates of a dry run: one expert's forward pass in float32 on 2,048 rows, and reading and hashing.
 

@@ -206,7 +206,8 @@ def _show(config: ml_collections.ConfigDict, found: Outlook, console: rich_conso
   table = rich_table.Table("stage", "peak memory", "hours")
   for stage in found.stages:
     table.add_row(stage.name, inspection.size(stage.memory), f"{stage.hours:.2f}")
-  table.add_row("all", inspection.size(max(s.memory for s in found.stages)), f"{sum(s.hours for s in found.stages):.2f}")
+  table.add_row("all", inspection.size(max(s.memory for s in found.stages)),
+                f"{sum(s.hours for s in found.stages):.2f}")
   console.print(table)
   lines = [f"quantized files: {inspection.size(found.file_bytes)}"]
   if found.paper_gib is not None:
@@ -216,5 +217,5 @@ def _show(config: ml_collections.ConfigDict, found: Outlook, console: rich_conso
     lines.append(f"published: {', '.join(f'{name} {value}' for name, value in config.published.to_dict().items())}")
   for line in lines:
     console.print(line, highlight=False)
-  console.print("Memory and hours are estimates (moeq_jax/quantize/estimates.py says from which measurements); no weight"
-                " was read.", highlight=False)
+  console.print("Memory and hours are estimates (moeq_jax/quantize/estimates.py says from which measurements); no"
+                " weight was read.", highlight=False)

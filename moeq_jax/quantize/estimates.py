@@ -91,7 +91,8 @@ class Stage:
   hours: float
 
 
-def stages(amounts: Amounts, needs: Needs, codec: codecs.Codec, widths: int, *, sequential: bool = False) -> list[Stage]:
+def stages(amounts: Amounts, needs: Needs, codec: codecs.Codec, widths: int, *,
+           sequential: bool = False) -> list[Stage]:
   """The stages that a run goes through.
 
   Args:

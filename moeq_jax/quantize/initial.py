@@ -28,7 +28,8 @@ def known(config: ml_collections.ConfigDict, source: Any) -> bool:
   return beside or bool(config.pretrained)
 
 
-def load(config: ml_collections.ConfigDict, source: convert.Checkpoint, shape: tuple[int, int, int]) -> np.ndarray | None:
+def load(config: ml_collections.ConfigDict, source: convert.Checkpoint,
+         shape: tuple[int, int, int]) -> np.ndarray | None:
   """The initial routers, `[L, E, D]` float32, or None.
 
   Args:

@@ -19,7 +19,8 @@ def check(config: ml_collections.ConfigDict) -> None:
   if config.compute_dtype not in ("float32", "bfloat16"):
     raise ValueError(f"config.compute_dtype={config.compute_dtype!r}: it is 'float32' or 'bfloat16'")
   if config.missing_routers not in ("error", "norm"):
-    raise ValueError(f"config.missing_routers={config.missing_routers!r}: it is 'error', or 'norm' to rank by the final norm")
+    raise ValueError(f"config.missing_routers={config.missing_routers!r}: it is 'error', or 'norm' to rank by the"
+                     " final norm")
   if config.seed < 0 or config.batch < 1 or config.length < 2:
     raise ValueError(f"config.seed={config.seed}, config.batch={config.batch}, config.length={config.length}: a seed is"
                      " at least 0, a batch at least 1 sequence, a sequence at least 2 tokens")

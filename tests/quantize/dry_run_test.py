@@ -14,9 +14,9 @@ from tests import tiny, tiny_switch
 
 CONFIGS = ("configs/paper/mixtral_8x7b.py", "configs/paper/mixtral_8x22b.py", "configs/paper/switch_base_64.py")
 AMOUNTS = estimates.Amounts(
-    projections={"gate": (4096, 14336), "up": (4096, 14336), "down": (14336, 4096)}, experts=8, layers=32, active=10**10,
-    checkpoint=10**11, block=10**8, state=10**9, halfway=2 * 10**9, logits=10**8, rows=90_112, tokens=2**18, per_token=2,
-    evaluation=2**16, bits=2.25)
+    projections={"gate": (4096, 14336), "up": (4096, 14336), "down": (14336, 4096)}, experts=8, layers=32,
+    active=10**10, checkpoint=10**11, block=10**8, state=10**9, halfway=2 * 10**9, logits=10**8, rows=90_112,
+    tokens=2**18, per_token=2, evaluation=2**16, bits=2.25)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,8 @@ def test_a_shape_that_does_not_fit_is_found(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_mistakes_are_found_in_a_dry_run_too(tmp_path: Path):
-  for option, said in (("codec=gtpq", "did you mean 'gptq'"), ("budget=3.5", "3.5 bits per weight is out of the possible range"),
+  for option, said in (("codec=gtpq", "did you mean 'gptq'"),
+                       ("budget=3.5", "3.5 bits per weight is out of the possible range"),
                        ("calibration.sequences=0", "needs text"), ("missing_routers=no", "it is 'error'"),
                        ("calibration.sequences=6", "fill whole batches")):
     with pytest.raises(ValueError, match=said):
