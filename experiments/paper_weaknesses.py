@@ -17,7 +17,8 @@ Command:   ./launch.sh sweep --config=experiments/paper_weaknesses.py --workdir=
            variants by the output error of one layer: half a minute
 Hardware:  2 CPU cores, 3 GiB
 Expected:  about ten minutes on idle cores; three calibration sets, one folder each. The last prints the comparisons,
-           which are then in runs/paper_weaknesses/comparisons.jsonl (experiments/results/paper_weaknesses.jsonl holds them and all rows)
+           which are then in runs/paper_weaknesses/comparisons.jsonl. experiments/results/paper_weaknesses.jsonl holds
+           rows and comparisons of `:light`
 """
 
 import dataclasses

@@ -8,8 +8,8 @@ Command:   ./launch.sh run --config=configs/paper/mixtral_8x7b.py:method=ours,bi
            ./launch.sh run --config=configs/paper/mixtral_8x7b.py --config.dry_run=True   (no checkpoint needed)
 Hardware:  2 CPU cores, 32 GiB of memory (a quarter of the sequences takes 16), 150 GB of disk; no accelerator
 Expected:  not run by us. About 40 hours by the dry run's estimate, two thirds of them GPTQ, and the tasks besides;
-           68.38 points at 2.5 bits (published, one run, no interval). Check full precision first: it must give 72.72, or the
-           tasks are not those of the table.
+           68.38 points at 2.5 bits (published, one run, no interval). Check full precision first: it must give
+           72.72, or the tasks are not those of the table.
 Options:   method=ours or uniform; bits as in the table (3, 2.75, 2.5, 2.25, 2.125, 2); levels=2 or 3 (by default two
            above 2 bits); variant=code (default) or paper; official=True takes the official code's weaker GPTQ
 Differs:   attention, router and all else stay in bfloat16, where the official code quantizes them to 4 bits; text is
