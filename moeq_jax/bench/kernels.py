@@ -155,7 +155,10 @@ def _dense_loop(x: jax.Array, w: jax.Array, sizes: jax.Array, tile: int) -> jax.
 
     return lax.fori_loop(0, -(-sizes[e] // tile), rows, y)
 
-  return lax.fori_loop(0, w.shape[0], expert, jnp.zeros((len(x), w.shape[2]), x.dtype))
+  def unless_empty(e: jax.Array, y: jax.Array) -> jax.Array:
+    return lax.cond(sizes[e] > 0, expert, lambda _, y: y, e, y)  # XLA copies an expert before it looks at its rows
+
+  return lax.fori_loop(0, w.shape[0], unless_empty, jnp.zeros((len(x), w.shape[2]), x.dtype))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
