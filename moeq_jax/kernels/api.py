@@ -29,6 +29,8 @@ class Backend:
     supports: `((T, E, K, N), (dtype of x, dtype of w or None if packed), device) -> reason`, None if it can.
     forward: `(x, w, group_sizes, out_dtype) -> y`.
     backward: `(x, w, group_sizes, dy) -> (dx, dw)`; `dw` is None for packed weights.
+    gated: `(x, gate, up, group_sizes, out_dtype) -> silu(x gate) * (x up)` for packed weights that are
+      `cpu_loop.alike`, where that takes less than two products; else None.
     activations: which of `ACTIVATIONS` it computes with.
     proven: whether it has run on the device that it is made for; until then it is taken only when asked for by name.
   """
@@ -36,6 +38,7 @@ class Backend:
   supports: Callable[[tuple[int, int, int, int], tuple[jnp.dtype, jnp.dtype | None], str], str | None]
   forward: Callable[[jax.Array, Weights, jax.Array, jnp.dtype], jax.Array]
   backward: Callable[[jax.Array, Weights, jax.Array, jax.Array], tuple[jax.Array, jax.Array | None]]
+  gated: Callable[..., jax.Array] | None = None
   activations: str = "exact"
   proven: bool = True
 
@@ -52,8 +55,8 @@ ACTIVATIONS = ("exact", "int8")
 BACKENDS = {  # in order of preference
   "pallas_tpu": Backend(*_late("pallas_tpu"), proven=False),
   "pallas_gpu": Backend(*_late("pallas_gpu"), proven=False),
-  "cpu": Backend(cpu.supports, cpu.forward, cpu.backward),
-  "cpu_int8": Backend(cpu_int8.supports, cpu_int8.forward, cpu_int8.backward, "int8"),
+  "cpu": Backend(cpu.supports, cpu.forward, cpu.backward, cpu.gated),
+  "cpu_int8": Backend(cpu_int8.supports, cpu_int8.forward, cpu_int8.backward, cpu_int8.gated, "int8"),
   "reference": Backend(reference.supports, reference.forward, reference.backward),
 }
 DTYPES = (jnp.float32, jnp.bfloat16)
@@ -87,7 +90,7 @@ def grouped_matmul(
   Raises:
     ValueError: shapes that do not fit, an unknown back-end, one that does not take the problem, or `vmap` over `w`.
   """
-  x, group_sizes = jnp.asarray(x), _checked(group_sizes, x, w)
+  x, group_sizes = jnp.asarray(x), checked(group_sizes, x, w)
   w = jax.tree.map(jnp.asarray, w)
   out_dtype = jnp.dtype(out_dtype or x.dtype)
   for name, dtype in (("x", x.dtype), ("out_dtype", out_dtype)):
@@ -96,7 +99,7 @@ def grouped_matmul(
   return _matmul(choose(x, w, backend, activations=activations), out_dtype, *varying.unify(x, w, group_sizes))
 
 
-def _checked(group_sizes: jax.Array, x: jax.Array, w: Weights) -> jax.Array:
+def checked(group_sizes: jax.Array, x: jax.Array, w: Weights) -> jax.Array:
   """The group sizes as int32, once all shapes are seen to fit."""
   if isinstance(w, QTensor) and w.shards > 1:
     raise ValueError(f"grouped_matmul: w holds {w.shards} shards; call it inside shard_map, with shards.specs")
@@ -133,7 +136,7 @@ def choose(x: jax.Array, w: Weights, backend: str | None = None, device: str | N
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _matmul(backend: str, out_dtype: jnp.dtype, x: jax.Array, w: Weights, group_sizes: jax.Array) -> jax.Array:
   run = functools.partial(BACKENDS[backend].forward, out_dtype=out_dtype)
-  return _refuse_batched_weights(run)(x, w, group_sizes)
+  return refuse_batched_weights(run)(x, w, group_sizes)
 
 
 def _forward(backend: str, out_dtype: jnp.dtype, x: jax.Array, w: Weights, group_sizes: jax.Array) -> Any:
@@ -142,14 +145,14 @@ def _forward(backend: str, out_dtype: jnp.dtype, x: jax.Array, w: Weights, group
 
 def _backward(backend: str, out_dtype: jnp.dtype, saved: Any, dy: jax.Array) -> Any:
   del out_dtype
-  dx, dw = _refuse_batched_weights(BACKENDS[backend].backward)(*saved, dy)
+  dx, dw = refuse_batched_weights(BACKENDS[backend].backward)(*saved, dy)
   return dx, dw, None
 
 
 _matmul.defvjp(_forward, _backward)
 
 
-def _refuse_batched_weights(run: Callable[..., Any]) -> Callable[..., Any]:
+def refuse_batched_weights(run: Callable[..., Any]) -> Callable[..., Any]:
   """`run(x, w, ...)` with its own rule for `vmap`: one call after the other, and an error if `w` is batched."""
   call = custom_batching.custom_vmap(run)
 

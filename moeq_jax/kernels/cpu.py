@@ -12,7 +12,7 @@ Plain arrays: one batched matmul over row tiles (`ragged.py`), differentiable in
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -98,17 +98,38 @@ def forward(x: jax.Array, w: jax.Array | QTensor, group_sizes: jax.Array, out_dt
   """`[T, K], [E, K, N], [E] -> [T, N]`; see `api.grouped_matmul`."""
   if not isinstance(w, QTensor):
     return ragged.matmul(x, w.astype(x.dtype), group_sizes, _ragged_rows(*x.shape[:1], *w.shape[:1])).astype(out_dtype)
-  config = _config(x, w)
-  y = varying.zeros((x.shape[0], cpu_loop.padded(w)), out_dtype, x)
+  return _products(x, (w,), group_sizes, out_dtype, lambda part: part)
+
+
+def gated(x: jax.Array, gate: QTensor, up: QTensor, group_sizes: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
+  """`silu(x gate) * (x up)` in one sweep over weights that are `cpu_loop.alike`: `[T, K], 2 [E, K, N] -> [T, N]`."""
+  return _products(x, (gate, up), group_sizes, out_dtype, swiglu)
+
+
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+  """What an expert makes of its two inner products."""
+  return jax.nn.silu(gate) * up
+
+
+def _products(x: jax.Array, weights: Sequence[QTensor], group_sizes: jax.Array, out_dtype: jnp.dtype,
+              join: cpu_loop.Join) -> jax.Array:
+  q = weights[0]
+  config = heuristic((x.shape[0], q.shape[0], q.K, q.buffer.shape[2]), x.dtype)
+  y = varying.zeros((x.shape[0], cpu_loop.padded(q)), out_dtype, x)
   if config.scales == "after":
-    return cpu_codes.forward(cpu_codes.exact(x, w), w, group_sizes, config, y)[:, : w.N]
-  kind = jnp.float32 if x.dtype == jnp.float32 else out_dtype
+    return cpu_codes.forward(cpu_codes.exact(x, q), weights, group_sizes, config, y, join)[:, : q.N]
+  kind = out_dtype if x.dtype == jnp.bfloat16 and len(weights) == 1 else jnp.float32
 
-  def update(y: jax.Array, tile: jax.Array, column: jax.Array, first: jax.Array, keep: jax.Array) -> jax.Array:
+  def update(y: jax.Array, tiles: Sequence[jax.Array], column: jax.Array, first: jax.Array,
+             keep: jax.Array) -> jax.Array:
     rows = lax.dynamic_slice_in_dim(x, first, config.rows)
-    return cpu_loop.write(y, jnp.dot(rows, tile, preferred_element_type=kind), column, first, keep)
+    parts = [jnp.dot(rows, tile, preferred_element_type=kind) for tile in tiles]
+    return cpu_loop.write(y, join(*parts), column, first, keep)
 
-  return cpu_loop.sweep(y, x.shape[0], w, group_sizes, config, _dequantizing(w, config, x.dtype), update)[:, : w.N]
+  def unpack(index: jax.Array, column: jax.Array) -> list[jax.Array]:
+    return [qtensor.columns(q, index, column, config.columns, x.dtype) for q in weights]
+
+  return cpu_loop.sweep(y, x.shape[0], q, group_sizes, config, unpack, update)[:, : q.N]
 
 
 def backward(
@@ -130,13 +151,5 @@ def backward(
     return lax.dynamic_update_slice(dx, jnp.where(keep, part, old), (first, 0))
 
   dx = varying.zeros((x.shape[0], w.K), kind, x)
-  unpack = _dequantizing(w, config, x.dtype)
+  unpack = lambda index, column: qtensor.columns(w, index, column, config.columns, x.dtype)  # noqa: E731
   return cpu_loop.sweep(dx, x.shape[0], w, group_sizes, config, unpack, update).astype(x.dtype), None
-
-
-def _config(x: jax.Array, q: QTensor) -> Config:
-  return heuristic((x.shape[0], q.shape[0], q.K, q.buffer.shape[2]), x.dtype)
-
-
-def _dequantizing(q: QTensor, config: Config, dtype: jnp.dtype) -> Callable[[jax.Array, jax.Array], jax.Array]:
-  return lambda index, column: qtensor.columns(q, index, column, config.columns, dtype)

@@ -12,8 +12,8 @@ The rows may be bfloat16; float32, as three bfloat16 parts that sum to them exac
 group, and then no weight ever becomes a float.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -94,17 +94,18 @@ def product(rows: Rows, codes: jax.Array, scale: jax.Array, zero: jax.Array) -> 
   return total[0] if step == 1 else jnp.sum(total, axis=0)
 
 
-def forward(rows: Rows, q: QTensor, group_sizes: jax.Array, tiles: cpu_loop.Tiles, y: jax.Array,
-            wide: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | None = None) -> jax.Array:
-  """Writes `rows` times `q` into `y`.
+def forward(rows: Rows, weights: Sequence[QTensor], group_sizes: jax.Array, tiles: cpu_loop.Tiles, y: jax.Array,
+            join: cpu_loop.Join, wide: Callable[..., jax.Array] | None = None) -> jax.Array:
+  """Writes `join` of the products of `rows` with each of `weights` into `y`.
 
   Args:
     rows: `T` of them.
-    q: packed weights `[E, K, N]`.
+    weights: packed weights `[E, K, N]` of one layout (`cpu_loop.alike`).
     group_sizes: `[E]` int32.
     tiles: sizes.
     y: `[T, N]`, N with the padding of the last stripe.
-    wide: `(expert, first column, first row) -> [rows, columns]`, what 16-bit blocks add where codes cannot hold them.
+    join: makes one of the products, `[rows, columns]` float32 each.
+    wide: `(q, expert, first column, first row) -> [rows, columns]`, what 16-bit blocks add where codes cannot hold them.
 
   Returns:
     `y`.
@@ -113,13 +114,14 @@ def forward(rows: Rows, q: QTensor, group_sizes: jax.Array, tiles: cpu_loop.Tile
     take = lambda a, axis: None if a is None else lax.dynamic_slice_in_dim(a, first, tiles.rows, axis)  # noqa: E731
     return Rows(take(rows.parts, 2), take(rows.scale, 1), take(rows.sums, 1))
 
-  def unpack(index: jax.Array, column: jax.Array) -> tuple[jax.Array, ...]:
-    return index, *qtensor.codes(q, index, column, tiles.columns, rows.parts.dtype)
+  def unpack(index: jax.Array, column: jax.Array) -> tuple[Any, ...]:
+    return index, [qtensor.codes(q, index, column, tiles.columns, rows.parts.dtype) for q in weights]
 
-  def update(y: jax.Array, tile: tuple[jax.Array, ...], column: jax.Array, first: jax.Array,
-             keep: jax.Array) -> jax.Array:
-    index, *codes = tile
-    part = product(at(first), *codes)
-    return cpu_loop.write(y, part if wide is None else part + wide(index, column, first), column, first, keep)
+  def update(y: jax.Array, tile: tuple[Any, ...], column: jax.Array, first: jax.Array, keep: jax.Array) -> jax.Array:
+    index, unpacked = tile
+    parts = [product(at(first), *codes) for codes in unpacked]
+    if wide is not None:
+      parts = [part + wide(q, index, column, first) for part, q in zip(parts, weights, strict=True)]
+    return cpu_loop.write(y, join(*parts), column, first, keep)
 
-  return cpu_loop.sweep(y, y.shape[0], q, group_sizes, tiles, unpack, update)
+  return cpu_loop.sweep(y, y.shape[0], weights[0], group_sizes, tiles, unpack, update)

@@ -7,6 +7,7 @@ for by name and never chosen where quality is measured. Wide batches and plain a
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -54,25 +55,35 @@ def forward(x: jax.Array, w: QTensor, group_sizes: jax.Array, out_dtype: jnp.dty
   """`[T, K], [E, K, N], [E] -> [T, N]`; see `api.grouped_matmul`."""
   if x.shape[0] > MOST_ROWS * w.shape[0]:
     return cpu.forward(x, w, group_sizes, out_dtype)
-  config = heuristic((x.shape[0], w.shape[0], w.K, w.buffer.shape[2]))
-  blocks = w.blocks[1]
-  values = jnp.pad(x, ((0, 0), (0, blocks * w.k_block - w.K)))
+  return _products(x, (w,), group_sizes, out_dtype, lambda part: part)
 
-  def wide(index: jax.Array, column: jax.Array, first: jax.Array) -> jax.Array:
-    """What 16-bit blocks add."""
-    mine = w.bits[index, :, column // w.buffer.shape[2]] == 16
-    rows = lax.dynamic_slice_in_dim(values, first, config.rows)
 
-    def product() -> jax.Array:
-      weights = qtensor.codes(w, index, column, config.columns, jnp.dtype(jnp.bfloat16))[0]
-      weights = jnp.where(jnp.repeat(mine, w.k_block)[:, None], weights.astype(x.dtype), 0)
-      return jnp.dot(rows, weights, preferred_element_type=jnp.float32)
-
-    return lax.cond(mine.any(), product, lambda: jnp.zeros((config.rows, config.columns), jnp.float32))
-
-  y = varying.zeros((x.shape[0], cpu_loop.padded(w)), out_dtype, x)
-  rows = cpu_codes.quantized(x, w, ONE_GROUP if w.groups == 1 else w.group)
-  return cpu_codes.forward(rows, w, group_sizes, config, y, wide)[:, : w.N]
+def gated(x: jax.Array, gate: QTensor, up: QTensor, group_sizes: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
+  """See `cpu.gated`."""
+  if x.shape[0] > MOST_ROWS * gate.shape[0]:
+    return cpu.gated(x, gate, up, group_sizes, out_dtype)
+  return _products(x, (gate, up), group_sizes, out_dtype, cpu.swiglu)
 
 
 backward = cpu.backward
+
+
+def _products(x: jax.Array, weights: Sequence[QTensor], group_sizes: jax.Array, out_dtype: jnp.dtype,
+              join: cpu_loop.Join) -> jax.Array:
+  q = weights[0]
+  config = heuristic((x.shape[0], q.shape[0], q.K, q.buffer.shape[2]))
+  values = jnp.pad(x, ((0, 0), (0, q.blocks[1] * q.k_block - q.K)))
+
+  def wide(q: QTensor, index: jax.Array, column: jax.Array, first: jax.Array) -> jax.Array:
+    mine = q.bits[index, :, column // q.buffer.shape[2]] == 16
+
+    def product() -> jax.Array:
+      weights = qtensor.codes(q, index, column, config.columns, jnp.dtype(jnp.bfloat16))[0]
+      weights = jnp.where(jnp.repeat(mine, q.k_block)[:, None], weights.astype(x.dtype), 0)
+      return jnp.dot(lax.dynamic_slice_in_dim(values, first, config.rows), weights, preferred_element_type=jnp.float32)
+
+    return lax.cond(mine.any(), product, lambda: varying.zeros((config.rows, config.columns), jnp.float32, x))
+
+  y = varying.zeros((x.shape[0], cpu_loop.padded(q)), out_dtype, x)
+  rows = cpu_codes.quantized(x, q, ONE_GROUP if q.groups == 1 else q.group)
+  return cpu_codes.forward(rows, weights, group_sizes, config, y, join, wide)[:, : q.N]

@@ -18,6 +18,9 @@ from jax import lax
 from moeq_jax.qtensor import QTensor
 
 
+Join = Callable[..., jax.Array]  # products of the same rows with several weights, [rows, columns] each -> one
+
+
 class Tiles(Protocol):
   """The sizes of tiles: `rows` of a row tile, `columns` of a column tile."""
 
@@ -28,6 +31,11 @@ class Tiles(Protocol):
 def padded(q: QTensor) -> int:
   """Columns with the padding of the last stripe."""
   return q.blocks[2] * q.buffer.shape[2]
+
+
+def alike(*weights: QTensor) -> bool:
+  """Whether the weights can be swept together: equal sizes and layouts, whatever their widths."""
+  return len({(q.shape, q.blocks, q.buffer.shape[2], q.group, q.k_block) for q in weights}) == 1
 
 
 def column_tile(K: int, stripe: int, most_columns: int, most_weights: int) -> int:
@@ -57,7 +65,7 @@ def sweep(
   Args:
     out: carried through the updates.
     total: rows.
-    q: weights.
+    q: the weights; of several that are `alike`, one.
     group_sizes: `[E]` int32.
     tiles: sizes.
     unpack: `(expert, first column) -> tile`.

@@ -16,7 +16,7 @@ def rounded(x: np.ndarray, size: int) -> np.ndarray:
   return (np.round(groups / np.where(scale > 0, scale, 1)) * np.float64(scale)).reshape(len(x), -1)[:, : x.shape[1]]
 
 
-@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("rows", [1, 3, 24])
 @pytest.mark.parametrize(("shape", "group"), [((6, 128, 192), 64), ((4, 192, 40), 32), ((3, 100, 65), 0),
                                               ((5, 576, 64), 128)])
 def test_the_product_is_that_of_the_rounded_rows(shape: tuple[int, int, int], group: int, rows: int):
