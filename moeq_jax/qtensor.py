@@ -309,6 +309,8 @@ def _map_blocks(q: QTensor, index: jax.Array, column: jax.Array, width: int,
     choice = jnp.sum(q.bits[place] > jnp.array(widths))
     return lax.switch(choice, [functools.partial(branch, bits) for bits in widths]), *entry, q.bits[place]
 
+  if k_blocks == 1:  # a loop of one step is not free
+    return jax.tree.map(lambda a: a[None], block(jnp.int32(0)))
   return lax.map(block, jnp.arange(k_blocks))
 
 

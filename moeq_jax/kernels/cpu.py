@@ -6,7 +6,8 @@ compiled program serves every plan and every batch of one shape. Scales and zero
   before the product where an expert has many rows: a tile `[K, columns]` is dequantized, in the dtype of the rows;
   after it where there are few: codes are unpacked and multiplied as they are (`cpu_codes.py`).
 
-Plain arrays: one batched matmul over row tiles (`ragged.py`), differentiable in both arguments.
+Plain arrays: one batched matmul over row tiles (`ragged.py`), differentiable in both arguments; with few rows, where
+most of its tiles would be empty, a loop over the experts that have any.
 """
 
 import dataclasses
@@ -27,6 +28,7 @@ CPU_FLAGS = Path("/proc/cpuinfo")
 FAST_BFLOAT16 = ("amx_bf16", "avx512_bf16")
 # tuned on 2 cores of a Xeon with AMX, E = 8, 1024 x 3584 and E = 64, 768 x 3072 (docs/kernels.md)
 MOST_ROWS_AFTER = {"bfloat16": 16, "float32": 64}  # mean rows of an expert up to which scales come after the product
+FEW_ROWS = 8  # mean rows of an expert up to which plain arrays go through a loop and not through row tiles
 MOST_COLUMNS = 4096  # of a tile: wide ones halve the time of the products
 MOST_WEIGHTS = 1 << 22  # of a tile, unless 64 columns have more
 
@@ -70,12 +72,6 @@ def _power(value: float) -> int:
   return 1 << max(0, math.ceil(value) - 1).bit_length()
 
 
-def _ragged_rows(rows: int, experts: int) -> int:
-  """Rows of a tile of plain arrays: about twice those of a mean expert."""
-  mean = rows // experts
-  return min(rows, 256 if mean >= 512 else max(8, min(_power(2 * mean), 128)))
-
-
 @functools.cache
 def _fast_bfloat16() -> bool:
   """Whether the CPU has instructions for products of bfloat16; false where it does not say."""
@@ -97,8 +93,33 @@ def supports(shape: tuple[int, int, int, int], dtypes: tuple[jnp.dtype, jnp.dtyp
 def forward(x: jax.Array, w: jax.Array | QTensor, group_sizes: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
   """`[T, K], [E, K, N], [E] -> [T, N]`; see `api.grouped_matmul`."""
   if not isinstance(w, QTensor):
-    return ragged.matmul(x, w.astype(x.dtype), group_sizes, _ragged_rows(*x.shape[:1], *w.shape[:1])).astype(out_dtype)
+    if x.shape[0] <= FEW_ROWS * w.shape[0] and jax.default_backend() == "cpu":
+      return _dense(x, w.astype(x.dtype), group_sizes, out_dtype)
+    return _tiled(x, w, group_sizes, out_dtype)
   return _products(x, (w,), group_sizes, out_dtype, lambda part: part)
+
+
+def _tiled(x: jax.Array, w: jax.Array, group_sizes: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
+  """Plain arrays, all row tiles at once."""
+  mean = x.shape[0] // w.shape[0]
+  rows = min(x.shape[0], 256 if mean >= 512 else max(8, min(_power(2 * mean), 128)))
+  return ragged.matmul(x, w.astype(x.dtype), group_sizes, rows).astype(out_dtype)
+
+
+def _dense(x: jax.Array, w: jax.Array, group_sizes: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
+  """Plain arrays and few rows: only experts that have rows are touched."""
+  tiles = Config(rows=min(len(x), max(4, _power(2 * len(x) / len(w)))), columns=w.shape[2])
+
+  def update(y: jax.Array, mine: jax.Array, column: jax.Array, first: jax.Array, keep: jax.Array) -> jax.Array:
+    part = jnp.dot(lax.dynamic_slice_in_dim(x, first, tiles.rows), mine, preferred_element_type=jnp.float32)
+    return cpu_loop.write(y, part, column, first, keep)
+
+  def take(index: jax.Array, column: jax.Array) -> jax.Array:
+    del column
+    return lax.dynamic_index_in_dim(w, index, keepdims=False)
+
+  y = varying.zeros((x.shape[0], w.shape[2]), out_dtype, x)
+  return cpu_loop.sweep(y, w.shape[2], group_sizes, tiles, take, update)
 
 
 def gated(x: jax.Array, gate: QTensor, up: QTensor, group_sizes: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
@@ -108,6 +129,7 @@ def gated(x: jax.Array, gate: QTensor, up: QTensor, group_sizes: jax.Array, out_
 
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
   """What an expert makes of its two inner products."""
+  gate, up = lax.optimization_barrier((gate, up))  # fused, every use of them would compute them again
   return jax.nn.silu(gate) * up
 
 
@@ -129,7 +151,7 @@ def _products(x: jax.Array, weights: Sequence[QTensor], group_sizes: jax.Array, 
   def unpack(index: jax.Array, column: jax.Array) -> list[jax.Array]:
     return [qtensor.columns(q, index, column, config.columns, x.dtype) for q in weights]
 
-  return cpu_loop.sweep(y, x.shape[0], q, group_sizes, config, unpack, update)[:, : q.N]
+  return cpu_loop.sweep(y, y.shape[1], group_sizes, config, unpack, update)[:, : q.N]
 
 
 def backward(
@@ -137,7 +159,7 @@ def backward(
 ) -> tuple[jax.Array, jax.Array | None]:
   """The gradients `([T, K], [E, K, N])` of `forward`, the second None for packed weights."""
   if not isinstance(w, QTensor):
-    return jax.vjp(lambda x, w: forward(x, w, group_sizes, dy.dtype), x, w)[1](dy)
+    return jax.vjp(lambda x, w: _tiled(x, w, group_sizes, dy.dtype), x, w)[1](dy)
   config = heuristic((x.shape[0], w.shape[0], w.K, w.buffer.shape[2]), x.dtype, fast_bfloat16=False)
   dy = jnp.pad(dy.astype(x.dtype), ((0, 0), (0, cpu_loop.padded(w) - w.N)))
   kind = x.dtype if cpu_loop.padded(w) == config.columns else jnp.float32  # one column tile: nothing is accumulated
@@ -152,4 +174,4 @@ def backward(
 
   dx = varying.zeros((x.shape[0], w.K), kind, x)
   unpack = lambda index, column: qtensor.columns(w, index, column, config.columns, x.dtype)  # noqa: E731
-  return cpu_loop.sweep(dx, x.shape[0], w, group_sizes, config, unpack, update).astype(x.dtype), None
+  return cpu_loop.sweep(dx, cpu_loop.padded(w), group_sizes, config, unpack, update).astype(x.dtype), None

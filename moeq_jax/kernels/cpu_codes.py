@@ -124,4 +124,4 @@ def forward(rows: Rows, weights: Sequence[QTensor], group_sizes: jax.Array, tile
       parts = [part + wide(q, index, column, first) for part, q in zip(parts, weights, strict=True)]
     return cpu_loop.write(y, join(*parts), column, first, keep)
 
-  return cpu_loop.sweep(y, y.shape[0], weights[0], group_sizes, tiles, unpack, update)
+  return cpu_loop.sweep(y, y.shape[1], group_sizes, tiles, unpack, update)

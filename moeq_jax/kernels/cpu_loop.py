@@ -51,10 +51,14 @@ def write(y: jax.Array, part: jax.Array, column: jax.Array, first: jax.Array, ke
   return lax.dynamic_update_slice(y, jnp.where(keep, part.astype(y.dtype), old), (first, column))
 
 
+def loop(count: int, step: Callable[[Any, jax.Array], jax.Array], out: jax.Array) -> jax.Array:
+  """`lax.fori_loop` from 0; a loop of one step is no loop: it costs as much as the products of a small model."""
+  return step(jnp.int32(0), out) if count == 1 else lax.fori_loop(0, count, step, out)
+
+
 def sweep(
   out: jax.Array,
-  total: int,
-  q: QTensor,
+  columns: int,
   group_sizes: jax.Array,
   tiles: Tiles,
   unpack: Callable[[jax.Array, jax.Array], Any],
@@ -63,9 +67,8 @@ def sweep(
   """Calls `update` for every row tile of every column tile of every expert that has rows.
 
   Args:
-    out: carried through the updates.
-    total: rows.
-    q: the weights; of several that are `alike`, one.
+    out: `[T, _]`, carried through the updates.
+    columns: of the weights, with the padding of the last stripe.
     group_sizes: `[E]` int32.
     tiles: sizes.
     unpack: `(expert, first column) -> tile`.
@@ -86,12 +89,12 @@ def sweep(
 
       def row_tile(i: jax.Array, out: jax.Array) -> jax.Array:
         wanted = end[index] - group_sizes[index] + i * tiles.rows
-        first = jnp.minimum(wanted, total - tiles.rows)
+        first = jnp.minimum(wanted, out.shape[0] - tiles.rows)
         keep = (first + jnp.arange(tiles.rows) >= wanted)[:, None]
         return update(out, tile, column, first, keep)
 
       return lax.fori_loop(0, -(-group_sizes[index] // tiles.rows), row_tile, out)
 
-    return lax.fori_loop(0, padded(q) // tiles.columns, column_tile, out)
+    return loop(columns // tiles.columns, column_tile, out)
 
   return lax.fori_loop(0, jnp.sum(group_sizes > 0), expert, out)

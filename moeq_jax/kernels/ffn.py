@@ -14,6 +14,10 @@ from moeq_jax.kernels import api, cpu, cpu_loop, varying
 from moeq_jax.qtensor import QTensor
 
 
+# where one sweep saves time (docs/kernels.md): at least so many rows, and so many weights of an expert's gate
+LEAST_ROWS, LEAST_WEIGHTS = 16, 1 << 19
+
+
 class Routed(Protocol):
   """What the router decided.
 
@@ -72,7 +76,7 @@ def moe_ffn(x: jax.Array, routing: Routed, gate: api.Weights | None, up: api.Wei
     weights = permute(routing.weights.reshape(-1), order, inverse).astype(x.dtype)
     out = api.grouped_matmul(mid, down, sizes, **choice) * weights[:, None]
   with jax.named_scope("combine"):
-    return jnp.sum(permute(out, inverse, order).reshape(len(x), top_k, -1), axis=1)
+    return jnp.sum(permute(out, inverse, order).reshape(len(x), top_k, down.shape[2]), axis=1)
 
 
 def _check(x: Any, routing: Routed, gate: Any, up: Any, down: Any) -> None:
@@ -81,7 +85,7 @@ def _check(x: Any, routing: Routed, gate: Any, up: Any, down: Any) -> None:
   rows = x.shape[0] if x.ndim == 2 else None
   k = routing.experts.shape[-1] if routing.experts.ndim == 2 else None
   for name, shape, wanted, letters in (
-      ("x", x.shape, (rows, D), "[T, D]"), ("up", up.shape, (experts, D, F), "[E, D, F]"),
+      ("up", up.shape, (experts, D, F), "[E, D, F]"), ("x", x.shape, (rows, D), "[T, D]"),
       ("gate", (experts, D, F) if gate is None else gate.shape, (experts, D, F), "[E, D, F]"),
       ("down", down.shape, (experts, F, D), "[E, F, D]"), ("experts", routing.experts.shape, (rows, k), "[T, k]"),
       ("weights", routing.weights.shape, (rows, k), "[T, k]"),
@@ -94,13 +98,19 @@ def _check(x: Any, routing: Routed, gate: Any, up: Any, down: Any) -> None:
 def _gated(rows: jax.Array, gate: api.Weights, up: api.Weights, sizes: jax.Array, *, backend: str | None,
            activations: str) -> jax.Array:
   """`silu(rows gate) * (rows up)`, in one sweep where the back-end of both can."""
-  if isinstance(gate, QTensor) and isinstance(up, QTensor) and len(rows) and cpu_loop.alike(gate, up):
+  if one_sweep_pays(rows, gate, up):
     name = api.choose(rows, gate, backend, activations=activations)
     if api.BACKENDS[name].gated and name == api.choose(rows, up, backend, activations=activations):
       sizes = api.checked(sizes, rows, gate)
       rows, (gate, up), sizes = varying.unify(rows, jax.tree.map(jnp.asarray, (gate, up)), sizes)
       return _one_sweep(name, rows, (gate, up), sizes)
   return _two_products(rows, gate, up, sizes, backend, activations)
+
+
+def one_sweep_pays(rows: jax.Array, gate: api.Weights, up: api.Weights) -> bool:
+  """Whether gate and up, `[E, D, F]`, can be swept together, and there is enough of both to gain by it."""
+  packed = isinstance(gate, QTensor) and isinstance(up, QTensor) and cpu_loop.alike(gate, up)
+  return packed and len(rows) >= LEAST_ROWS and gate.K * gate.N >= LEAST_WEIGHTS
 
 
 def _two_products(rows: jax.Array, gate: api.Weights, up: api.Weights, sizes: jax.Array, backend: str | None,

@@ -13,6 +13,12 @@ from moeq_jax.kernels import ffn
 from tests import conformance
 
 
+@pytest.fixture(autouse=True)
+def one_sweep_wherever_it_can(monkeypatch: pytest.MonkeyPatch):
+  monkeypatch.setattr(ffn, "LEAST_ROWS", 1)
+  monkeypatch.setattr(ffn, "LEAST_WEIGHTS", 0)
+
+
 class Routing(NamedTuple):
   experts: np.ndarray
   weights: np.ndarray
@@ -84,6 +90,19 @@ def test_one_sweep_equals_the_composition(monkeypatch, activations: str, rows: i
   monkeypatch.setattr(ffn.cpu_loop, "alike", lambda *_: False)
   composed = np.asarray(run(x, routed, values, activations=activations), np.float64)
   assert conformance.difference(fused, composed) < 1e-6
+
+
+def test_one_sweep_is_for_enough_rows_and_weights(monkeypatch):
+  made, rows = packed(4, 64, 32), np.zeros((20, 64), np.float32)
+  gate, up = made["gate"].q, made["up"].q
+  assert ffn.one_sweep_pays(rows, gate, up)
+  assert not ffn.one_sweep_pays(rows, gate, np.zeros((4, 64, 32), np.float32))
+  assert not ffn.one_sweep_pays(rows, gate, conformance.packed(np.full((4, 1, 2), 3), (4, 64, 32), group=32).q)
+  monkeypatch.setattr(ffn, "LEAST_ROWS", 21)
+  assert not ffn.one_sweep_pays(rows, gate, up)
+  monkeypatch.setattr(ffn, "LEAST_ROWS", 20)
+  monkeypatch.setattr(ffn, "LEAST_WEIGHTS", 64 * 32 + 1)
+  assert not ffn.one_sweep_pays(rows, gate, up)
 
 
 def test_gate_and_up_of_other_layouts_are_two_products():
