@@ -13,6 +13,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +25,7 @@ from rich import console as rich_console
 from rich import table as rich_table
 
 from moeq_jax import kernels, progress, qtensor
-from moeq_jax.kernels import cpu, shapes
+from moeq_jax.kernels import shapes
 from moeq_jax.qtensor import QTensor
 
 MATMULS = {"mixtral-like": (8, 1024, 3584), "switch-like": (64, 768, 3072)}  # E, K, N
@@ -58,12 +59,14 @@ class Case(NamedTuple):
   sizes: jax.Array
 
 
-def run(rounds: int = 9, routing: str = "uniform") -> dict[str, Any]:
+def run(rounds: int = 9, routing: str = "uniform", shape: str = "", figure: str = "") -> dict[str, Any]:
   """Milliseconds of every method on every case, medians over rounds, and ratios to the dense loop.
 
   Args:
     rounds: timed calls of each method, after one that compiles.
     routing: one of `shapes.ROUTINGS`.
+    shape: one of `MATMULS`; all of them by default.
+    figure: a PNG to draw, on a CPU.
 
   Returns:
     A JSON-able dictionary: `machine`, `ceilings`, and one entry per case under `results`: milliseconds and ratio to
@@ -72,8 +75,10 @@ def run(rounds: int = 9, routing: str = "uniform") -> dict[str, Any]:
     take at the ceilings, whichever is longer.
 
   Raises:
-    ValueError: no benchmark for this kind of device.
+    ValueError: no benchmark for this kind of device, or no such shape or routing.
   """
+  if shape not in ("", *MATMULS) or routing not in shapes.ROUTINGS:
+    raise ValueError(f"bench kernels: shape={shape!r} of {list(MATMULS)}, routing={routing!r} of {shapes.ROUTINGS}")
   if (device := jax.default_backend()) == "gpu":
     from moeq_jax.bench import kernels_gpu  # what it imports takes a second
 
@@ -81,10 +86,11 @@ def run(rounds: int = 9, routing: str = "uniform") -> dict[str, Any]:
   if device != "cpu":
     raise ValueError(f"bench kernels: there is no table for a {device}; set JAX_PLATFORMS=cpu for that of the CPU")
   ceilings, results = _ceilings(rounds), []
-  with progress.bar("kernels", len(MATMULS) * len(WIDTHS) * len(ROWS)) as advance:
-    for name, shape in MATMULS.items():
+  chosen = {name: sizes for name, sizes in MATMULS.items() if shape in ("", name)}
+  with progress.bar("kernels", len(chosen) * len(WIDTHS) * len(ROWS)) as advance:
+    for name, sizes in chosen.items():
       for label, widths in WIDTHS.items():
-        weights = _weights(shape, widths)
+        weights = _weights(sizes, widths)
         for rows in ROWS:
           case = _case(name, label, rows, weights, routing)
           results.append(_measure(case, ceilings, rounds))
@@ -93,6 +99,10 @@ def run(rounds: int = 9, routing: str = "uniform") -> dict[str, Any]:
            "machine": {"cores": os.cpu_count(), "device": jax.devices()[0].device_kind, "jax": jax.__version__},
            "ceilings": ceilings, "results": results}
   _show(found)
+  if figure:
+    from moeq_jax.bench import _kernels_figure  # matplotlib
+
+    _kernels_figure.draw(found, Path(figure))
   return found
 
 
@@ -203,7 +213,8 @@ def _measure(case: Case, ceilings: Mapping[str, float], rounds: int) -> dict[str
     difference = np.asarray(call(), np.float64) - wanted
     errors[name] = float(np.linalg.norm(difference) / np.linalg.norm(wanted))
   apart = {"ragged_dot bf16": 2, "numpy f32": rounds}
-  found = _times({name: call for name, call in methods.items() if name not in apart}, rounds)
+  found = _times({name: call for name, call in methods.items() if name not in apart},
+                 rounds * (3 if case.rows < 100 else 1))
   for name, fewer in apart.items():
     found |= _times({name: methods[name]}, min(fewer, rounds))
   active = np.asarray(case.sizes) > 0
