@@ -28,6 +28,7 @@ CPU_FLAGS = Path("/proc/cpuinfo")
 FAST_BFLOAT16 = ("amx_bf16", "avx512_bf16")
 # tuned on 2 cores of a Xeon with AMX, E = 8, 1024 x 3584 and E = 64, 768 x 3072 (docs/kernels.md)
 MOST_ROWS_AFTER = {"bfloat16": 16, "float32": 64}  # mean rows of an expert up to which scales come after the product
+LEAST_WEIGHTS_AFTER = 1 << 18  # of an expert's stripe; with fewer, starting the steps of a product takes the time
 FEW_ROWS = 8  # mean rows of an expert up to which plain arrays go through a loop and not through row tiles
 MOST_COLUMNS = {False: 4096, True: 2048}  # of a tile, and where experts have one row: wide ones take half the time
 MOST_WEIGHTS = 1 << 22  # of a tile, unless 64 columns have more
@@ -61,7 +62,8 @@ def heuristic(shape: tuple[int, int, int, int], dtype: jnp.dtype, fast_bfloat16:
   mean, name = rows / experts, jnp.dtype(dtype).name
   columns = cpu_loop.column_tile(K, stripe, MOST_COLUMNS[mean <= 1], MOST_WEIGHTS)
   fast = _fast_bfloat16() if fast_bfloat16 is None else fast_bfloat16
-  if mean <= MOST_ROWS_AFTER[name] and (fast or name == "bfloat16"):
+  few = mean <= MOST_ROWS_AFTER[name] and K * stripe >= LEAST_WEIGHTS_AFTER
+  if few and (fast or name == "bfloat16"):
     return Config(rows=min(rows, max(4, min(_power(2 * mean), 64))), columns=columns, scales="after")
   tile = 256 if mean >= 512 else max(8, min(math.ceil(1.5 * mean / 16) * 16, 128))
   return Config(rows=min(rows, tile), columns=columns)

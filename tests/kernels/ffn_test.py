@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moeq_jax import kernels
-from moeq_jax.kernels import ffn
+from moeq_jax.kernels import cpu, ffn
 from tests import conformance
 
 
@@ -17,6 +17,7 @@ from tests import conformance
 def one_sweep_wherever_it_can(monkeypatch: pytest.MonkeyPatch):
   monkeypatch.setattr(ffn, "LEAST_ROWS", 1)
   monkeypatch.setattr(ffn, "LEAST_WEIGHTS", 0)
+  monkeypatch.setattr(cpu, "LEAST_WEIGHTS_AFTER", 0)
 
 
 class Routing(NamedTuple):
