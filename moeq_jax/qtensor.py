@@ -96,13 +96,17 @@ class QTensor:
 
   def validate(self, name: str = "QTensor") -> None:
     """Raises `ValueError`, naming `name`, where an invariant of the class does not hold (arrays must be concrete)."""
-    _validate_shapes(self, name)
+    self.validate_shapes(name)
     bits = np.asarray(self.bits)
     check(np.isin(bits, WIDTHS).all(), f"{name}: widths {np.setdiff1d(bits, WIDTHS).tolist()} are not in {WIDTHS}")
     for part in (local(self, index) for index in range(self.shards)):
       start, end = (np.sort(edge.ravel()) for edge in _edges(part))
       apart = start[0] >= 0 and end[-1] <= part.buffer.shape[1] and (end[:-1] <= start[1:]).all()
       check(apart, f"{name}: blocks overlap or lie outside the buffer of {part.buffer.shape[1]} rows")
+
+  def validate_shapes(self, name: str = "QTensor") -> None:
+    """The part of `validate` that takes no values: dtypes, shapes and static sizes."""
+    _validate_shapes(self, name)
 
 
 def check(condition: bool, message: str) -> None:

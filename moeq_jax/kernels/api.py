@@ -100,16 +100,33 @@ def grouped_matmul(
 
 
 def checked(group_sizes: jax.Array, x: jax.Array, w: Weights) -> jax.Array:
-  """The group sizes as int32, once all shapes are seen to fit."""
-  if isinstance(w, QTensor) and w.shards > 1:
-    raise ValueError(f"grouped_matmul: w holds {w.shards} shards; call it inside shard_map, with shards.specs")
+  """The group sizes as int32, once everything is seen to fit that can be seen without values being known.
+
+  Raises:
+    ValueError: names what does not fit.
+  """
+  if isinstance(w, QTensor):
+    _check_packed(w)
+  elif not (hasattr(w, "dtype") and jnp.issubdtype(w.dtype, jnp.floating)):
+    raise ValueError(f"grouped_matmul: w is {getattr(w, 'dtype', type(w).__name__)}, and weights are floating-point"
+                     " arrays or QTensors; packed bytes need their QTensor (qtensor.pack, container.load)")
   if x.ndim != 2 or len(w.shape) != 3 or x.shape[1] != w.shape[1] or group_sizes.shape != w.shape[:1]:
     raise ValueError(
       f"grouped_matmul: x {x.shape}, w {w.shape}, group_sizes {group_sizes.shape} are not [T, K], [E, K, N], [E]"
     )
-  if not isinstance(group_sizes, jax.core.Tracer) and int(np.sum(group_sizes)) != x.shape[0]:
-    raise ValueError(f"grouped_matmul: group_sizes sum to {int(np.sum(group_sizes))}, but x has {x.shape[0]} rows")
+  if not isinstance(group_sizes, jax.core.Tracer):
+    sizes = np.asarray(group_sizes)
+    if sizes.min(initial=0) < 0 or int(sizes.sum()) != x.shape[0]:
+      raise ValueError(f"grouped_matmul: group_sizes sum to {int(sizes.sum())}, but x has {x.shape[0]} rows; the least"
+                       f" is {sizes.min(initial=0)}")
   return jnp.asarray(group_sizes, jnp.int32)
+
+
+def _check_packed(q: QTensor) -> None:
+  if q.shards > 1:
+    raise ValueError(f"grouped_matmul: w holds {q.shards} shards; call it inside shard_map, with shards.specs")
+  known = not any(isinstance(leaf, jax.core.Tracer) for leaf in (q.bits, q.offset))
+  (q.validate if known else q.validate_shapes)("grouped_matmul: w")
 
 
 def choose(x: jax.Array, w: Weights, backend: str | None = None, device: str | None = None, *,

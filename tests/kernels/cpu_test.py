@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moeq_jax import qtensor
-from moeq_jax.kernels import api, cpu, cpu_loop, shapes
+from moeq_jax.kernels import api, cpu, cpu_loop, shapes, varying
 from tests import conformance
 
 
@@ -19,6 +19,7 @@ def both_orders(monkeypatch: pytest.MonkeyPatch):
   monkeypatch.setattr(cpu, "LEAST_WEIGHTS_AFTER", 0)
   monkeypatch.setattr(cpu, "MOST_ROWS_AFTER", {"bfloat16": 12, "float32": 12})
   monkeypatch.setattr(cpu, "_fast_bfloat16", lambda: True)
+  monkeypatch.setattr(varying, "zeros", lambda shape, dtype, like: jnp.full(shape, jnp.nan, dtype))  # all is written
 
 
 class TestCpu(conformance.Conformance):
@@ -36,6 +37,21 @@ def test_more_than_one_column_tile_and_row_tile(monkeypatch, shape: tuple[int, i
   assert conformance.difference(y, conformance.expected(x, made.values, sizes)) < 1e-5
   wanted = conformance.expected(dy, made.values.swapaxes(1, 2), sizes)
   assert conformance.difference(pull(jnp.asarray(dy))[0], wanted) < 1e-5
+
+
+NAMED = [(name, projection) for name, layer in shapes.LAYERS.items() for projection in layer.matmuls()
+         if projection != "gate"]
+
+
+@pytest.mark.parametrize(("name", "projection"), NAMED)
+def test_named_shapes_under_every_routing(name: str, projection: str):
+  shape = shapes.LAYERS[name].scaled(1 / 16).matmuls()[projection]
+  made = conformance.packed(conformance.mixed(shape[0]), shape, group=32)
+  for routing in shapes.ROUTINGS:
+    for dtype, limit in ((np.float32, 1e-5), (ml_dtypes.bfloat16, 1e-2)):
+      x, sizes = conformance.rows(40, shape[1], dtype), shapes.group_sizes(routing, 40, shape[0])
+      y = conformance.jitted("cpu")(x, made.q, sizes)
+      assert conformance.difference(y, conformance.expected(x, made.values, sizes)) < limit
 
 
 @pytest.mark.parametrize("rows", [1, 7, 100, 16384])
