@@ -93,7 +93,7 @@ def _generation(opened: language_model.LanguageModel, blocks: list[Any], dtype: 
   functions = families.functions(opened.config, jnp.dtype(dtype))
   prompts = np.random.default_rng(0).integers(0, opened.config.vocab_size, (batch, PROMPT)).tolist()
   if dtype != "float32":
-    cast = lambda leaf: leaf.astype(dtype) if leaf.dtype == jnp.float32 else leaf  # noqa: E731
+    cast = lambda leaf: leaf.astype(dtype) if leaf.dtype == jnp.float32 else leaf
     top, blocks = jax.tree.map(cast, (opened.top, blocks))
   else:
     top = opened.top

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moeq_jax import qtensor
+from moeq_jax import unpacking
 from moeq_jax.kernels import cpu_codes, cpu_loop, ragged, varying
 from moeq_jax.qtensor import QTensor
 
@@ -151,7 +151,7 @@ def _products(x: jax.Array, weights: Sequence[QTensor], group_sizes: jax.Array, 
     return cpu_loop.write(y, join(*parts), column, first, keep)
 
   def unpack(index: jax.Array, column: jax.Array) -> list[jax.Array]:
-    return [qtensor.columns(q, index, column, config.columns, x.dtype) for q in weights]
+    return [unpacking.columns(q, index, column, config.columns, x.dtype) for q in weights]
 
   return cpu_loop.sweep(y, y.shape[1], group_sizes, config, unpack, update)[:, : q.N]
 
@@ -175,5 +175,5 @@ def backward(
     return lax.dynamic_update_slice(dx, jnp.where(keep, part, old), (first, 0))
 
   dx = varying.zeros((x.shape[0], w.K), kind, x)
-  unpack = lambda index, column: qtensor.columns(w, index, column, config.columns, x.dtype)  # noqa: E731
+  unpack = lambda index, column: unpacking.columns(w, index, column, config.columns, x.dtype)
   return cpu_loop.sweep(dx, cpu_loop.padded(w), group_sizes, config, unpack, update).astype(x.dtype), None

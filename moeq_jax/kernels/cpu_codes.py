@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moeq_jax import qtensor
+from moeq_jax import unpacking
 from moeq_jax.kernels import cpu_loop
 from moeq_jax.qtensor import QTensor
 
@@ -72,7 +72,7 @@ def product(rows: Rows, codes: jax.Array, scale: jax.Array, zero: jax.Array) -> 
 
   Args:
     rows: R of them.
-    codes, scale, zero: `[KB k_block, C]` and `[G', C]`, as `qtensor.codes` gives them, in the dtype of the rows' parts.
+    codes, scale, zero: `[KB k_block, C]` and `[G', C]`, as `unpacking.codes` gives them, in the dtype of the rows' parts.
 
   Returns:
     `[R, C]` float32.
@@ -111,11 +111,11 @@ def forward(rows: Rows, weights: Sequence[QTensor], group_sizes: jax.Array, tile
     `y`.
   """
   def at(first: jax.Array) -> Rows:
-    take = lambda a, axis: None if a is None else lax.dynamic_slice_in_dim(a, first, tiles.rows, axis)  # noqa: E731
+    take = lambda a, axis: None if a is None else lax.dynamic_slice_in_dim(a, first, tiles.rows, axis)
     return Rows(take(rows.parts, 2), take(rows.scale, 1), take(rows.sums, 1))
 
   def unpack(index: jax.Array, column: jax.Array) -> tuple[Any, ...]:
-    return index, [qtensor.codes(q, index, column, tiles.columns, rows.parts.dtype) for q in weights]
+    return index, [unpacking.codes(q, index, column, tiles.columns, rows.parts.dtype) for q in weights]
 
   def update(y: jax.Array, tile: tuple[Any, ...], column: jax.Array, first: jax.Array, keep: jax.Array) -> jax.Array:
     index, unpacked = tile

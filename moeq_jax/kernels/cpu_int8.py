@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moeq_jax import qtensor
+from moeq_jax import unpacking
 from moeq_jax.kernels import cpu, cpu_codes, cpu_loop, varying
 from moeq_jax.qtensor import QTensor
 
@@ -78,7 +78,7 @@ def _products(x: jax.Array, weights: Sequence[QTensor], group_sizes: jax.Array, 
     mine = q.bits[index, :, column // q.buffer.shape[2]] == 16
 
     def product() -> jax.Array:
-      weights = qtensor.codes(q, index, column, config.columns, jnp.dtype(jnp.bfloat16))[0]
+      weights = unpacking.codes(q, index, column, config.columns, jnp.dtype(jnp.bfloat16))[0]
       weights = jnp.where(jnp.repeat(mine, q.k_block)[:, None], weights.astype(x.dtype), 0)
       return jnp.dot(lax.dynamic_slice_in_dim(values, first, config.rows), weights, preferred_element_type=jnp.float32)
 

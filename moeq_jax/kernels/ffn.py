@@ -115,13 +115,13 @@ def one_sweep_pays(rows: jax.Array, gate: api.Weights, up: api.Weights) -> bool:
 
 def _two_products(rows: jax.Array, gate: api.Weights, up: api.Weights, sizes: jax.Array, backend: str | None,
                   activations: str) -> jax.Array:
-  product = lambda w: api.grouped_matmul(rows, w, sizes, backend=backend, activations=activations)  # noqa: E731
+  product = lambda w: api.grouped_matmul(rows, w, sizes, backend=backend, activations=activations)
   return cpu.swiglu(product(gate), product(up))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _one_sweep(backend: str, rows: jax.Array, weights: tuple[QTensor, QTensor], sizes: jax.Array) -> jax.Array:
-  run = lambda rows, weights, sizes: api.BACKENDS[backend].gated(rows, *weights, sizes, rows.dtype)  # noqa: E731
+  run = lambda rows, weights, sizes: api.BACKENDS[backend].gated(rows, *weights, sizes, rows.dtype)
   return api.refuse_batched_weights(run)(rows, weights, sizes)
 
 

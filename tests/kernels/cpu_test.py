@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from moeq_jax import qtensor
+from moeq_jax import unpacking
 from moeq_jax.kernels import api, cpu, cpu_loop, shapes, varying
 from tests import conformance
 
@@ -96,11 +96,11 @@ def test_an_expert_without_rows_is_not_unpacked(monkeypatch, dtype: type):
   made = conformance.packed(2, (3, 64, 128))
   seen = []
   for name in ("columns", "codes"):
-    def counted(q, index, *args, original=getattr(qtensor, name)):
+    def counted(q, index, *args, original=getattr(unpacking, name)):
       jax.debug.callback(lambda e: seen.append(int(e)), index)
       return original(q, index, *args)
 
-    monkeypatch.setattr(qtensor, name, counted)
+    monkeypatch.setattr(unpacking, name, counted)
   x = conformance.rows(9, 64, dtype)
   jax.block_until_ready(jax.jit(lambda x: api.grouped_matmul(x, made.q, np.array([4, 0, 5]), backend="cpu"))(x))
   jax.effects_barrier()
