@@ -105,8 +105,8 @@ def codes(q: Any, index: jax.Array, column: jax.Array, width: int,
 
 
 def _rounded_to(dtype: jnp.dtype, values: jax.Array) -> jax.Array:
-  """`values.astype(dtype)` for finite float32 values (and infinities); the conversion to bfloat16 that XLA:CPU emits also
-  looks for NaNs, element by element, and made a third of the time of dequantizing."""
+  """`values.astype(dtype)` for finite float32 values (and infinities); the conversion to bfloat16 that XLA:CPU emits
+  also looks for NaNs, element by element, and made a third of the time of dequantizing."""
   if values.dtype != jnp.float32 or dtype != jnp.bfloat16:
     return values.astype(dtype)
   bits = lax.bitcast_convert_type(values, jnp.uint32)

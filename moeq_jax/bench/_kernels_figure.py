@@ -52,7 +52,8 @@ def _ratios(axes: Any, rows: list[Mapping[str, Any]]) -> None:
       axes.plot([row["rows"] for row in mine], [row["ratio_to_dense"][method] for row in mine], dashes, color=color,
                 marker=marker, markersize=5, linewidth=1, label=f"{label}, {widths} bits" if mine else None)
   axes.axhline(1, color="#000000", linestyle=":")
-  axes.set(xlabel="rows (tokens x experts of a token)", ylabel="times the dense bfloat16 loop", xscale="log", ylim=(0, None))
+  axes.set(xlabel="rows (tokens x experts of a token)", ylabel="times the dense bfloat16 loop", xscale="log",
+           ylim=(0, None))
   axes.set_xticks(counts, [str(count) for count in counts])
   axes.minorticks_off()
   axes.legend(fontsize=7, ncols=2)

@@ -72,7 +72,7 @@ def product(rows: Rows, codes: jax.Array, scale: jax.Array, zero: jax.Array) -> 
 
   Args:
     rows: R of them.
-    codes, scale, zero: `[KB k_block, C]` and `[G', C]`, as `unpacking.codes` gives them, in the dtype of the rows' parts.
+    codes, scale, zero: as `unpacking.codes` gives them in the dtype of the rows' parts, `[KB k_block, C]`, `[G', C]`.
 
   Returns:
     `[R, C]` float32.
@@ -105,7 +105,7 @@ def forward(rows: Rows, weights: Sequence[QTensor], group_sizes: jax.Array, tile
     tiles: sizes.
     y: `[T, N]`, N with the padding of the last stripe.
     join: makes one of the products, `[rows, columns]` float32 each.
-    wide: `(q, expert, first column, first row) -> [rows, columns]`, what 16-bit blocks add where codes cannot hold them.
+    wide: `(q, expert, first column, first row) -> [rows, columns]`, what 16-bit blocks add if codes cannot hold them.
 
   Returns:
     `y`.

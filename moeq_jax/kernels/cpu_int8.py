@@ -2,8 +2,8 @@
 
 Rows are rounded to 8 bits per scale group and multiplied with the codes as integers (`cpu_codes.py`), so no weight is
 ever converted to a float. This changes what is computed (by about half a percent of the output's norm), so it is asked
-for by name and never chosen where quality is measured. Wide batches and plain arrays go the exact way of `cpu.py`; so do
-16-bit blocks, inside this loop.
+for by name and never chosen where quality is measured. Many rows and plain arrays go the exact way of `cpu.py`, and so
+do 16-bit blocks, inside this loop.
 """
 
 import dataclasses

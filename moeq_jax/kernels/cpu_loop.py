@@ -17,7 +17,6 @@ from jax import lax
 
 from moeq_jax.qtensor import QTensor
 
-
 Join = Callable[..., jax.Array]  # products of the same rows with several weights, [rows, columns] each -> one
 
 

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from moeq_jax.kernels import api, cpu, cpu_loop, varying
 from moeq_jax.qtensor import QTensor
 
-
 # where one sweep saves time (docs/kernels.md): at least so many rows, and so many weights of an expert's gate
 LEAST_ROWS, LEAST_WEIGHTS = 16, 1 << 19
 

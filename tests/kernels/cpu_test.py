@@ -64,7 +64,8 @@ def test_tiles_fit(rows: int, stripe: int):
 
 
 @pytest.mark.parametrize(("rows", "size", "dtype", "fast", "scales"), [
-    (32, 1024, "bfloat16", False, "after"), (32, 1024, "float32", False, "before"), (32, 1024, "float32", True, "after"),
+    (32, 1024, "bfloat16", False, "after"), (32, 1024, "float32", False, "before"),
+    (32, 1024, "float32", True, "after"),
     (32, 256, "float32", True, "before"), (4096, 1024, "bfloat16", True, "before"),
     (4096, 1024, "float32", True, "before")])
 def test_scales_come_after_the_product_where_rows_are_few(
