@@ -65,7 +65,7 @@ def heuristic(shape: tuple[int, int, int, int], dtype: jnp.dtype, fast_bfloat16:
   few = mean <= MOST_ROWS_AFTER[name] and K * stripe >= LEAST_WEIGHTS_AFTER
   if few and (fast or name == "bfloat16"):
     return Config(rows=min(rows, max(4, min(_power(2 * mean), 64))), columns=columns, scales="after")
-  tile = 256 if mean >= 512 else max(8, min(math.ceil(1.5 * mean / 16) * 16, 128))
+  tile = 256 if mean >= 512 else min(math.ceil(1.5 * mean / 16) * 16, 128) if mean > 4 else max(4, _power(2 * mean))
   return Config(rows=min(rows, tile), columns=columns)
 
 
