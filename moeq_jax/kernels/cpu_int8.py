@@ -7,6 +7,7 @@ do 16-bit blocks, inside this loop.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import jax
@@ -18,7 +19,7 @@ from moeq_jax.kernels import cpu, cpu_codes, cpu_loop, varying
 from moeq_jax.qtensor import QTensor
 
 MOST_ROWS = 8  # per expert on average; above, the exact way is as fast
-ONE_GROUP = 64  # inputs that are quantized together where one scale serves all of K; divides every K-block
+ONE_GROUP = 64  # inputs that are quantized together where one scale serves all of K, or fewer in smaller K-blocks
 MOST_COLUMNS, MOST_WEIGHTS = 1024, 1 << 22  # of an unpacked tile, unless 64 columns have more
 
 
@@ -85,5 +86,5 @@ def _products(x: jax.Array, weights: Sequence[QTensor], group_sizes: jax.Array, 
     return lax.cond(mine.any(), product, lambda: varying.zeros((config.rows, config.columns), jnp.float32, x))
 
   y = varying.zeros((x.shape[0], cpu_loop.padded(q)), out_dtype, x)
-  rows = cpu_codes.quantized(x, q, ONE_GROUP if q.groups == 1 else q.group)
+  rows = cpu_codes.quantized(x, q, math.gcd(ONE_GROUP, q.k_block) if q.groups == 1 else q.group)
   return cpu_codes.forward(rows, weights, group_sizes, config, y, join, wide)[:, : q.N]
