@@ -44,7 +44,7 @@ class Backend:
 
 
 def _late(module: str) -> list[Callable[..., Any]]:
-  """`supports`, `forward`, `backward` of a module imported when one is called, because importing Pallas takes a second."""
+  """`supports`, `forward`, `backward` of a module imported when one is called: importing Pallas takes a second."""
   def function(name: str) -> Callable[..., Any]:
     return lambda *args, **kwargs: getattr(importlib.import_module(f"moeq_jax.kernels.{module}"), name)(*args, **kwargs)
 
