@@ -13,7 +13,7 @@ Letters are those of `artifacts.py` (E experts, K inputs, N outputs, G scale gro
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ import ml_dtypes
 import numpy as np
 from jax import lax
 
-from moeq_jax import planar
+from moeq_jax import planar, unpacking
 
 WIDTHS = planar.WIDTHS
 CUT = {"expert": 0, "k": 1, "n": 2}  # the dimension of bits, offset, scale and zero that each kind of sharding cuts
@@ -96,13 +96,17 @@ class QTensor:
 
   def validate(self, name: str = "QTensor") -> None:
     """Raises `ValueError`, naming `name`, where an invariant of the class does not hold (arrays must be concrete)."""
-    _validate_shapes(self, name)
+    self.validate_shapes(name)
     bits = np.asarray(self.bits)
     check(np.isin(bits, WIDTHS).all(), f"{name}: widths {np.setdiff1d(bits, WIDTHS).tolist()} are not in {WIDTHS}")
     for part in (local(self, index) for index in range(self.shards)):
       start, end = (np.sort(edge.ravel()) for edge in _edges(part))
       apart = start[0] >= 0 and end[-1] <= part.buffer.shape[1] and (end[:-1] <= start[1:]).all()
       check(apart, f"{name}: blocks overlap or lie outside the buffer of {part.buffer.shape[1]} rows")
+
+  def validate_shapes(self, name: str = "QTensor") -> None:
+    """The part of `validate` that takes no values: dtypes, shapes and static sizes."""
+    _validate_shapes(self, name)
 
 
 def check(condition: bool, message: str) -> None:
@@ -275,77 +279,10 @@ def unpack(q: QTensor) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def map_blocks(q: QTensor, index: jax.Array, column: jax.Array, width: int,
-               use: Callable[[int, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]) -> jax.Array:
-  """Reads some columns of one expert, K-block by K-block: the only jax code that finds the packed bytes.
-
-  Args:
-    q: weights of one shard.
-    index: int32 scalar, the expert; may be traced.
-    column: int32 scalar, first column, a multiple of `width`; may be traced.
-    width: columns; divides the stripe.
-    use: `(bits, bytes [k_block bits / 8, width] uint8, scale [G', width], zero [G', width], block) -> array` with the
-      G' scale groups of the K-block, bfloat16, and its index; traced for every width, run for the block's own.
-
-  Returns:
-    The results, stacked: `[KB, ...]`.
-  """
-  (_, k_blocks, stripes), (_, rows, stripe) = q.blocks, q.buffer.shape
-  groups = 1 if q.groups == 1 else q.k_block // q.group
-  missing = 0 if q.groups == 1 else k_blocks * groups - q.groups, stripes * stripe - q.N
-  scale, zero = (jnp.pad(a, ((0, 0), (0, missing[0]), (0, missing[1]))) for a in (q.scale, q.zero))
-  widths = [b for b in WIDTHS if q.k_block * b // 8 <= rows]
-
-  def block(k: jax.Array) -> jax.Array:
-    place = index, k, column // stripe
-    group = jnp.minimum(k * groups, scale.shape[1] - groups)
-    entry = [lax.dynamic_slice(a, (index, group, column), (1, groups, width))[0] for a in (scale, zero)]
-
-    def branch(bits: int) -> jax.Array:
-      raw = lax.dynamic_slice(q.buffer[0], (q.offset[place], column % stripe), (q.k_block * bits // 8, width))
-      return use(bits, raw, *entry, k)
-
-    choice = jnp.sum(q.bits[place] > jnp.array(widths))
-    return lax.switch(choice, [functools.partial(branch, bits) for bits in widths])
-
-  return lax.map(block, jnp.arange(k_blocks))
-
-
-def columns(q: QTensor, index: jax.Array, column: jax.Array, width: int, dtype: jnp.dtype) -> jax.Array:
-  """Dequantizes some columns of one expert.
-
-  Args:
-    q, index, column, width: as for `map_blocks`.
-    dtype: of the result; the arithmetic is float32.
-
-  Returns:
-    `[K, width]`; columns past N (in a last stripe that is not full) hold no weight.
-  """
-  def values(bits: int, raw: jax.Array, scale: jax.Array, zero: jax.Array, _: jax.Array) -> jax.Array:
-    return _values(raw, bits, q.k_tile, scale, zero).astype(dtype)
-
-  return map_blocks(q, index, column, width, values).reshape(-1, width)[: q.K]
-
-
-def block_codes(raw: jax.Array, bits: int, k_tile: int) -> jax.Array:
-  """Bytes of one block, `[k_block bits / 8, n]`, `bits` below 16 -> codes `[k_block, n]` uint8."""
-  # A byte row of a 3-bit tile is read by many fields: without a barrier its slice is fused into every reader.
-  return planar.decode(lax.optimization_barrier(raw) if bits == 3 else raw, bits, k_tile)
-
-
-def _values(raw: jax.Array, bits: int, k_tile: int, scale: jax.Array, zero: jax.Array) -> jax.Array:
-  """Bytes of one block, `[k_block bits / 8, n]`, and its scales `[groups, n]` -> values `[k_block, n]`."""
-  if bits == 16:
-    return planar.decode_bfloat16(raw, k_tile)
-  grouped = block_codes(raw, bits, k_tile).reshape(scale.shape[0], -1, raw.shape[1]).astype(jnp.float32)
-  scale, zero = (a.astype(jnp.float32)[:, None] for a in (scale, zero))
-  return ((grouped - zero) * scale).reshape(-1, raw.shape[1])
-
-
 def expert(q: QTensor, index: jax.Array, dtype: jnp.dtype) -> jax.Array:
   """`[K, N]` weights of one expert (`index` may be traced) of one shard, in `dtype`."""
   stripe = q.buffer.shape[2]
-  parts = lax.map(lambda n: columns(q, index, n * stripe, stripe, dtype), jnp.arange(q.blocks[2]))
+  parts = lax.map(lambda n: unpacking.columns(q, index, n * stripe, stripe, dtype), jnp.arange(q.blocks[2]))
   return jnp.moveaxis(parts, 0, 1).reshape(q.K, -1)[:, : q.N]
 
 

@@ -13,6 +13,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +25,7 @@ from rich import console as rich_console
 from rich import table as rich_table
 
 from moeq_jax import kernels, progress, qtensor
-from moeq_jax.kernels import cpu, shapes
+from moeq_jax.kernels import shapes
 from moeq_jax.qtensor import QTensor
 
 MATMULS = {"mixtral-like": (8, 1024, 3584), "switch-like": (64, 768, 3072)}  # E, K, N
@@ -58,12 +59,14 @@ class Case(NamedTuple):
   sizes: jax.Array
 
 
-def run(rounds: int = 9, routing: str = "uniform") -> dict[str, Any]:
+def run(rounds: int = 9, routing: str = "uniform", shape: str = "", figure: str = "") -> dict[str, Any]:
   """Milliseconds of every method on every case, medians over rounds, and ratios to the dense loop.
 
   Args:
     rounds: timed calls of each method, after one that compiles.
     routing: one of `shapes.ROUTINGS`.
+    shape: one of `MATMULS`; all of them by default.
+    figure: a PNG to draw, on a CPU.
 
   Returns:
     A JSON-able dictionary: `machine`, `ceilings`, and one entry per case under `results`: milliseconds and ratio to
@@ -72,8 +75,10 @@ def run(rounds: int = 9, routing: str = "uniform") -> dict[str, Any]:
     take at the ceilings, whichever is longer.
 
   Raises:
-    ValueError: no benchmark for this kind of device.
+    ValueError: no benchmark for this kind of device, or no such shape or routing.
   """
+  if shape not in ("", *MATMULS) or routing not in shapes.ROUTINGS:
+    raise ValueError(f"bench kernels: shape={shape!r} of {list(MATMULS)}, routing={routing!r} of {shapes.ROUTINGS}")
   if (device := jax.default_backend()) == "gpu":
     from moeq_jax.bench import kernels_gpu  # what it imports takes a second
 
@@ -81,10 +86,11 @@ def run(rounds: int = 9, routing: str = "uniform") -> dict[str, Any]:
   if device != "cpu":
     raise ValueError(f"bench kernels: there is no table for a {device}; set JAX_PLATFORMS=cpu for that of the CPU")
   ceilings, results = _ceilings(rounds), []
-  with progress.bar("kernels", len(MATMULS) * len(WIDTHS) * len(ROWS)) as advance:
-    for name, shape in MATMULS.items():
+  chosen = {name: sizes for name, sizes in MATMULS.items() if shape in ("", name)}
+  with progress.bar("kernels", len(chosen) * len(WIDTHS) * len(ROWS)) as advance:
+    for name, sizes in chosen.items():
       for label, widths in WIDTHS.items():
-        weights = _weights(shape, widths)
+        weights = _weights(sizes, widths)
         for rows in ROWS:
           case = _case(name, label, rows, weights, routing)
           results.append(_measure(case, ceilings, rounds))
@@ -93,6 +99,10 @@ def run(rounds: int = 9, routing: str = "uniform") -> dict[str, Any]:
            "machine": {"cores": os.cpu_count(), "device": jax.devices()[0].device_kind, "jax": jax.__version__},
            "ceilings": ceilings, "results": results}
   _show(found)
+  if figure:
+    from moeq_jax.bench import _kernels_figure  # matplotlib
+
+    _kernels_figure.draw(found, Path(figure))
   return found
 
 
@@ -122,7 +132,6 @@ def _case(name: str, widths: str, rows: int, weights: tuple[QTensor, np.ndarray,
 
 
 def _methods(case: Case) -> dict[str, Callable[[], Any]]:
-  tile = cpu.heuristic(case.rows, *case.q.shape[::2]).rows
   x, sizes = case.x, case.sizes
   packed = {name: jax.jit(functools.partial(kernels.grouped_matmul, activations=name)) for name in ("exact", "int8")}
   dense, ragged = jax.jit(_dense_loop, static_argnums=3), jax.jit(lax.ragged_dot)
@@ -132,10 +141,17 @@ def _methods(case: Case) -> dict[str, Callable[[], Any]]:
   return {
     "exact": lambda: packed["exact"](x, case.q, sizes),
     "int8": lambda: packed["int8"](x, case.q, sizes),
-    DENSE: lambda: dense(x, case.dense, sizes, tile),
+    **{f"{DENSE} {tile}": functools.partial(dense, x, case.dense, sizes, tile) for tile in _row_tiles(case)},
     "ragged_dot bf16": lambda: ragged(x, case.dense, sizes),
     "numpy f32": lambda: np.concatenate([plain[rows] @ case.values[e] for e, rows in experts]),
   }
+
+
+def _row_tiles(case: Case) -> list[int]:
+  """Sizes of row tiles for the dense loop, which is given the best of them: one to four times an expert's mean rows."""
+  mean = max(1, case.rows // case.q.shape[0])
+  least = max(4, 1 << (mean - 1).bit_length())
+  return sorted({min(case.rows, least << more) for more in range(3)})
 
 
 def _dense_loop(x: jax.Array, w: jax.Array, sizes: jax.Array, tile: int) -> jax.Array:
@@ -155,7 +171,10 @@ def _dense_loop(x: jax.Array, w: jax.Array, sizes: jax.Array, tile: int) -> jax.
 
     return lax.fori_loop(0, -(-sizes[e] // tile), rows, y)
 
-  return lax.fori_loop(0, w.shape[0], expert, jnp.zeros((len(x), w.shape[2]), x.dtype))
+  def unless_empty(e: jax.Array, y: jax.Array) -> jax.Array:
+    return lax.cond(sizes[e] > 0, expert, lambda _, y: y, e, y)  # XLA copies an expert before it looks at its rows
+
+  return lax.fori_loop(0, w.shape[0], unless_empty, jnp.zeros((len(x), w.shape[2]), x.dtype))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -172,7 +191,9 @@ def _times(methods: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, f
       jax.block_until_ready(call())
       if number:  # the first compiles
         seconds[name].append(time.perf_counter() - started)
-  return {name: 1e3 * statistics.median(found) for name, found in seconds.items()}
+  medians = {name: 1e3 * statistics.median(found) for name, found in seconds.items()}
+  dense = [medians.pop(name) for name in list(medians) if name.startswith(DENSE)]
+  return medians | ({DENSE: min(dense)} if dense else {})
 
 
 def _ceilings(rounds: int) -> dict[str, float]:
@@ -192,7 +213,8 @@ def _measure(case: Case, ceilings: Mapping[str, float], rounds: int) -> dict[str
     difference = np.asarray(call(), np.float64) - wanted
     errors[name] = float(np.linalg.norm(difference) / np.linalg.norm(wanted))
   apart = {"ragged_dot bf16": 2, "numpy f32": rounds}
-  found = _times({name: call for name, call in methods.items() if name not in apart}, rounds)
+  found = _times({name: call for name, call in methods.items() if name not in apart},
+                 rounds * (3 if case.rows < 100 else 1))
   for name, fewer in apart.items():
     found |= _times({name: methods[name]}, min(fewer, rounds))
   active = np.asarray(case.sizes) > 0

@@ -1,3 +1,4 @@
-"""The grouped matmul of the experts: one door, several back-ends."""
+"""The grouped matmul of the experts, and their feed-forward block: one door each, several back-ends."""
 
 from moeq_jax.kernels.api import grouped_matmul as grouped_matmul
+from moeq_jax.kernels.ffn import moe_ffn as moe_ffn

@@ -29,6 +29,8 @@ class Backend:
     supports: `((T, E, K, N), (dtype of x, dtype of w or None if packed), device) -> reason`, None if it can.
     forward: `(x, w, group_sizes, out_dtype) -> y`.
     backward: `(x, w, group_sizes, dy) -> (dx, dw)`; `dw` is None for packed weights.
+    gated: `(x, gate, up, group_sizes, out_dtype) -> silu(x gate) * (x up)` for packed weights that are
+      `cpu_loop.alike`, where that takes less than two products; else None.
     activations: which of `ACTIVATIONS` it computes with.
     proven: whether it has run on the device that it is made for; until then it is taken only when asked for by name.
   """
@@ -36,12 +38,13 @@ class Backend:
   supports: Callable[[tuple[int, int, int, int], tuple[jnp.dtype, jnp.dtype | None], str], str | None]
   forward: Callable[[jax.Array, Weights, jax.Array, jnp.dtype], jax.Array]
   backward: Callable[[jax.Array, Weights, jax.Array, jax.Array], tuple[jax.Array, jax.Array | None]]
+  gated: Callable[..., jax.Array] | None = None
   activations: str = "exact"
   proven: bool = True
 
 
 def _late(module: str) -> list[Callable[..., Any]]:
-  """`supports`, `forward`, `backward` of a module that is imported once one is called: importing Pallas takes a second."""
+  """`supports`, `forward`, `backward` of a module imported when one is called: importing Pallas takes a second."""
   def function(name: str) -> Callable[..., Any]:
     return lambda *args, **kwargs: getattr(importlib.import_module(f"moeq_jax.kernels.{module}"), name)(*args, **kwargs)
 
@@ -52,8 +55,8 @@ ACTIVATIONS = ("exact", "int8")
 BACKENDS = {  # in order of preference
   "pallas_tpu": Backend(*_late("pallas_tpu"), proven=False),
   "pallas_gpu": Backend(*_late("pallas_gpu"), proven=False),
-  "cpu": Backend(cpu.supports, cpu.forward, cpu.backward),
-  "cpu_int8": Backend(cpu_int8.supports, cpu_int8.forward, cpu_int8.backward, "int8"),
+  "cpu": Backend(cpu.supports, cpu.forward, cpu.backward, cpu.gated),
+  "cpu_int8": Backend(cpu_int8.supports, cpu_int8.forward, cpu_int8.backward, cpu_int8.gated, "int8"),
   "reference": Backend(reference.supports, reference.forward, reference.backward),
 }
 DTYPES = (jnp.float32, jnp.bfloat16)
@@ -87,7 +90,7 @@ def grouped_matmul(
   Raises:
     ValueError: shapes that do not fit, an unknown back-end, one that does not take the problem, or `vmap` over `w`.
   """
-  x, group_sizes = jnp.asarray(x), _checked(group_sizes, x, w)
+  x, group_sizes = jnp.asarray(x), checked(group_sizes, x, w)
   w = jax.tree.map(jnp.asarray, w)
   out_dtype = jnp.dtype(out_dtype or x.dtype)
   for name, dtype in (("x", x.dtype), ("out_dtype", out_dtype)):
@@ -96,17 +99,34 @@ def grouped_matmul(
   return _matmul(choose(x, w, backend, activations=activations), out_dtype, *varying.unify(x, w, group_sizes))
 
 
-def _checked(group_sizes: jax.Array, x: jax.Array, w: Weights) -> jax.Array:
-  """The group sizes as int32, once all shapes are seen to fit."""
-  if isinstance(w, QTensor) and w.shards > 1:
-    raise ValueError(f"grouped_matmul: w holds {w.shards} shards; call it inside shard_map, with shards.specs")
+def checked(group_sizes: jax.Array, x: jax.Array, w: Weights) -> jax.Array:
+  """The group sizes as int32, once everything is seen to fit that can be seen without values being known.
+
+  Raises:
+    ValueError: names what does not fit.
+  """
+  if isinstance(w, QTensor):
+    _check_packed(w)
+  elif not (hasattr(w, "dtype") and jnp.issubdtype(w.dtype, jnp.floating)):
+    raise ValueError(f"grouped_matmul: w is {getattr(w, 'dtype', type(w).__name__)}, and weights are floating-point"
+                     " arrays or QTensors; packed bytes need their QTensor (qtensor.pack, container.load)")
   if x.ndim != 2 or len(w.shape) != 3 or x.shape[1] != w.shape[1] or group_sizes.shape != w.shape[:1]:
     raise ValueError(
       f"grouped_matmul: x {x.shape}, w {w.shape}, group_sizes {group_sizes.shape} are not [T, K], [E, K, N], [E]"
     )
-  if not isinstance(group_sizes, jax.core.Tracer) and int(np.sum(group_sizes)) != x.shape[0]:
-    raise ValueError(f"grouped_matmul: group_sizes sum to {int(np.sum(group_sizes))}, but x has {x.shape[0]} rows")
+  if not isinstance(group_sizes, jax.core.Tracer):
+    sizes = np.asarray(group_sizes)
+    if sizes.min(initial=0) < 0 or int(sizes.sum()) != x.shape[0]:
+      raise ValueError(f"grouped_matmul: group_sizes sum to {int(sizes.sum())}, but x has {x.shape[0]} rows; the least"
+                       f" is {sizes.min(initial=0)}")
   return jnp.asarray(group_sizes, jnp.int32)
+
+
+def _check_packed(q: QTensor) -> None:
+  if q.shards > 1:
+    raise ValueError(f"grouped_matmul: w holds {q.shards} shards; call it inside shard_map, with shards.specs")
+  known = not any(isinstance(leaf, jax.core.Tracer) for leaf in (q.bits, q.offset))
+  (q.validate if known else q.validate_shapes)("grouped_matmul: w")
 
 
 def choose(x: jax.Array, w: Weights, backend: str | None = None, device: str | None = None, *,
@@ -133,7 +153,7 @@ def choose(x: jax.Array, w: Weights, backend: str | None = None, device: str | N
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _matmul(backend: str, out_dtype: jnp.dtype, x: jax.Array, w: Weights, group_sizes: jax.Array) -> jax.Array:
   run = functools.partial(BACKENDS[backend].forward, out_dtype=out_dtype)
-  return _refuse_batched_weights(run)(x, w, group_sizes)
+  return refuse_batched_weights(run)(x, w, group_sizes)
 
 
 def _forward(backend: str, out_dtype: jnp.dtype, x: jax.Array, w: Weights, group_sizes: jax.Array) -> Any:
@@ -142,14 +162,14 @@ def _forward(backend: str, out_dtype: jnp.dtype, x: jax.Array, w: Weights, group
 
 def _backward(backend: str, out_dtype: jnp.dtype, saved: Any, dy: jax.Array) -> Any:
   del out_dtype
-  dx, dw = _refuse_batched_weights(BACKENDS[backend].backward)(*saved, dy)
+  dx, dw = refuse_batched_weights(BACKENDS[backend].backward)(*saved, dy)
   return dx, dw, None
 
 
 _matmul.defvjp(_forward, _backward)
 
 
-def _refuse_batched_weights(run: Callable[..., Any]) -> Callable[..., Any]:
+def refuse_batched_weights(run: Callable[..., Any]) -> Callable[..., Any]:
   """`run(x, w, ...)` with its own rule for `vmap`: one call after the other, and an error if `w` is batched."""
   call = custom_batching.custom_vmap(run)
 

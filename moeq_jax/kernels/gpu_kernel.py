@@ -243,7 +243,7 @@ def _copy_block(block, x, sums, affine, chunks, bits, first, base, low, high, co
       plgpu.copy_gmem_to_smem(source, shared["chunks"].at[place], shared["chunk_full"].at[place])
       ready = done + gpu_unpack.ready(bits, index)
       if config.eighths == 1:
-        one = lambda n, count: copy_x(base + u, gpu_unpack.eighth(bits, n), count)  # noqa: E731
+        one = lambda n, count: copy_x(base + u, gpu_unpack.eighth(bits, n), count)
         x_count = lax.fori_loop(done, ready, one, x_count)
       return x_count, chunk_count + 1, ready
 

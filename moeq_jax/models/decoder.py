@@ -144,7 +144,7 @@ class Top(nnx.Module):
   def logits(self, h: jax.Array) -> jax.Array:
     """`[B, S, D] -> [B, S, V]` float32."""
     weight = self.embedding if self.tied else self.output
-    return layers.dense(layers.rms_norm(h, self.norm, self.eps), weight[...].T).astype(jnp.float32)
+    return layers.unembed(layers.rms_norm(h, self.norm, self.eps), weight[...])
 
 
 class Decoder(nnx.Module):

@@ -54,6 +54,16 @@ def _dense_backward(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[
 dense.defvjp(lambda x, w: (dense(x, w), (x, w)), _dense_backward)
 
 
+def unembed(h: jax.Array, weight: jax.Array) -> jax.Array:
+  """Logits `[..., V]`, float32, of states `[..., D]` by `[V, D]`.
+
+  A single row gets a second one beside it: XLA:CPU takes six times as long for one row of a transposed product.
+  """
+  rows = h.reshape(-1, h.shape[-1])
+  padded = jnp.pad(rows, ((0, len(rows) == 1), (0, 0)))
+  return dense(padded, weight.T)[: len(rows)].astype(jnp.float32).reshape(*h.shape[:-1], -1)
+
+
 def swiglu(weights: Mapping[str, jax.Array], rows: jax.Array, tap: Tap = no_tap) -> jax.Array:
   """A gated feed-forward network, `down(silu(gate(x)) * up(x))` (GLU variants, eq. 6).
 

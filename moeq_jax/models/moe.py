@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moeq_jax.kernels import api as kernels
+from moeq_jax.kernels import ffn
 from moeq_jax.models import layers
 
 Tap = Callable[[str, jax.Array, jax.Array], jax.Array]
@@ -39,16 +40,6 @@ class Routing(NamedTuple):
   group_sizes: jax.Array
 
 
-@jax.custom_vjp
-def permute(x: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
-  """`x[order]` for a permutation; the gradient is a gather by `inverse`, not a scatter."""
-  del inverse
-  return x[order]
-
-
-permute.defvjp(lambda x, order, inverse: (x[order], inverse), lambda inverse, dy: (dy[inverse], None, None))
-
-
 def route(logits: jax.Array, top_k: int, normalize: bool = True) -> Routing:
   """Chooses the `top_k` largest logits (ties: the lower index).
 
@@ -72,11 +63,16 @@ def load_balance_loss(routing: Routing) -> jax.Array:
   return experts * jnp.sum(jax.lax.stop_gradient(share) * jnp.mean(jax.nn.softmax(routing.logits, -1), 0))
 
 
+def cast(weight: nnx.Param, dtype: jnp.dtype) -> kernels.Weights:
+  """The weights of experts for rows of `dtype`: arrays in that dtype, QTensors as they are."""
+  value = weight.get_value()
+  return value.astype(dtype) if isinstance(value, jax.Array) else value
+
+
 def matmul(rows: jax.Array, weight: nnx.Param, sizes: jax.Array) -> jax.Array:
   """Rows sorted by expert times the experts' weights: `[R, K]`, array or QTensor `[E, K, N]`, `[E]` int32 -> `[R, N]`,
   in the dtype of the rows."""
-  value = weight.get_value()
-  return kernels.grouped_matmul(rows, value.astype(rows.dtype) if isinstance(value, jax.Array) else value, sizes)
+  return kernels.grouped_matmul(rows, cast(weight, rows.dtype), sizes)
 
 
 class MoE(nnx.Module):
@@ -114,20 +110,22 @@ class MoE(nnx.Module):
       routing: of these rows.
       tap: called as `tap(name, rows, group_sizes)` on the rows sorted by expert, for the names `input`, `gate`, `up`,
         `mid` (input of down) and `down` (before the router's weight, which its gradient holds); returns the rows,
-        unchanged in value.
+        unchanged in value. Without a tap the whole block goes through `kernels.moe_ffn`.
     """
+    if tap is no_tap:
+      return ffn.moe_ffn(x, routing, *(cast(w, x.dtype) for w in (self.gate, self.up, self.down)))
     with jax.named_scope("route"):
       order = jnp.argsort(routing.experts.reshape(-1), stable=True)
       inverse = jnp.argsort(order)
     sizes = routing.group_sizes
     with jax.named_scope("experts"):
-      rows = tap("input", permute(jnp.repeat(x, self.top_k, axis=0), order, inverse), sizes)
+      rows = tap("input", ffn.permute(jnp.repeat(x, self.top_k, axis=0), order, inverse), sizes)
       gate, up = tap("gate", matmul(rows, self.gate, sizes), sizes), tap("up", matmul(rows, self.up, sizes), sizes)
       mid = tap("mid", jax.nn.silu(gate) * up, sizes)
-      weights = permute(routing.weights.reshape(-1), order, inverse).astype(x.dtype)
+      weights = ffn.permute(routing.weights.reshape(-1), order, inverse).astype(x.dtype)
       down = tap("down", matmul(mid, self.down, sizes), sizes) * weights[:, None]
     with jax.named_scope("combine"):
-      return jnp.sum(permute(down, inverse, order).reshape(*x.shape[:1], self.top_k, -1), axis=1)
+      return jnp.sum(ffn.permute(down, inverse, order).reshape(*x.shape[:1], self.top_k, -1), axis=1)
 
   def always(self, x: jax.Array) -> jax.Array | None:
     """What the shared expert adds to each row, `[T, D] -> [T, D]`, or None without one."""

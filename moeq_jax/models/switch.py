@@ -209,7 +209,7 @@ class Top(nnx.Module):
     """`[B, T, D] -> [B, T, V]` float32, from the decoder's stream."""
     h = layers.rms_norm(h, self.norm, self.eps)
     weight, h = (self.embedding, h * h.shape[-1] ** -0.5) if self.tied else (self.output, h)
-    return layers.dense(h, weight[...].T).astype(jnp.float32)
+    return layers.unembed(h, weight[...])
 
 
 class Switch(nnx.Module):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moeq_jax.kernels import ffn
 from moeq_jax.models import layers, moe
 
 
@@ -90,15 +91,17 @@ class SwitchMoE(nnx.Module):
       routing: of these rows.
       tap: as in `moe.MoE.experts`, for the names `input`, `up`, `mid` (input of down) and `down` (before the weight).
     """
+    if tap is moe.no_tap:
+      return ffn.moe_ffn(rows, routing, None, moe.cast(self.up, rows.dtype), moe.cast(self.down, rows.dtype))
     with jax.named_scope("route"):
       order = jnp.argsort(routing.experts[:, 0], stable=True)
       inverse = jnp.argsort(order)
     sizes = routing.group_sizes
     with jax.named_scope("experts"):
-      up = tap("up", moe.matmul(tap("input", moe.permute(rows, order, inverse), sizes), self.up, sizes), sizes)
+      up = tap("up", moe.matmul(tap("input", ffn.permute(rows, order, inverse), sizes), self.up, sizes), sizes)
       down = tap("down", moe.matmul(tap("mid", jax.nn.relu(up), sizes), self.down, sizes), sizes)
     with jax.named_scope("combine"):
-      return moe.permute(down, inverse, order) * routing.weights.astype(rows.dtype)
+      return ffn.permute(down, inverse, order) * routing.weights.astype(rows.dtype)
 
 
 def _turns(experts: jax.Array, real: jax.Array, count: int, seen: jax.Array | None) -> jax.Array:

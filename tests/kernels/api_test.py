@@ -63,11 +63,40 @@ def test_no_rows_give_no_rows():
   (X, W, SIZES[:2], "are not"),
   (X[0], W, SIZES, "are not"),
   (X, W, SIZES + 1, "sum to 23, but x has 20 rows"),
+  (X, W, np.array([25, -10, 5], np.int32), "the least is -10"),
+  (X, W.astype(np.uint8), SIZES, "w is uint8, and weights are floating-point arrays or QTensors"),
+  (X, {"q": W}, SIZES, "w is dict"),
   (X.astype(np.float16), W, SIZES, "x is float16"),
 ])
 def test_bad_input_is_named(x, w, sizes, said):
   with pytest.raises(ValueError, match=said):
     api.grouped_matmul(x, w, sizes)
+
+
+@pytest.mark.parametrize(("change", "said"), [
+  (lambda q: {"bits": q.bits + 3}, r"widths \[5\] are not in"),
+  (lambda q: {"buffer": q.buffer[:, :-1]}, "blocks overlap or lie outside the buffer of 47 rows"),
+  (lambda q: {"buffer": q.buffer.astype(np.int8)}, "buffer is int8, not uint8"),
+  (lambda q: {"buffer": q.buffer[..., :-1]}, "stripes of 15 do not fit N = 16"),
+  (lambda q: {"offset": q.offset + 1}, "outside the buffer"),
+  (lambda q: {"scale": q.scale[:, :, :-1]}, "scale has shape"),
+  (lambda q: {"zero": q.zero.astype(np.float32)}, "zero is float32, not bfloat16"),
+  (lambda q: {"k_tile": 48}, "cuts a tile of 48"),
+  (lambda q: {"group": 48}, "cuts a group of 48|scale has shape"),
+])
+def test_a_damaged_packed_weight_is_named(change, said):
+  q = conformance.packed(2, (3, 64, 16), group=64).q
+  damaged = dataclasses.replace(q, **change(q))
+  with pytest.raises(ValueError, match=said):
+    api.grouped_matmul(X, damaged, SIZES)
+
+
+@pytest.mark.parametrize("field", ["buffer", "scale"])
+def test_wrong_shapes_are_named_inside_jit(field):
+  q = conformance.packed(2, (3, 64, 16), group=64).q
+  damaged = dataclasses.replace(q, **{field: getattr(q, field)[..., :-1]})
+  with pytest.raises(ValueError, match="stripes of 15|scale has shape"):
+    jax.jit(api.grouped_matmul)(X, damaged, SIZES)
 
 
 def test_a_bad_output_type_is_named():

@@ -2,10 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
-from moeq_jax.kernels import api, cpu_int8, shapes
+from moeq_jax.kernels import api, cpu, cpu_int8, shapes
 from tests import conformance
 
 
@@ -16,7 +17,7 @@ def rounded(x: np.ndarray, size: int) -> np.ndarray:
   return (np.round(groups / np.where(scale > 0, scale, 1)) * np.float64(scale)).reshape(len(x), -1)[:, : x.shape[1]]
 
 
-@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("rows", [1, 3, 24])
 @pytest.mark.parametrize(("shape", "group"), [((6, 128, 192), 64), ((4, 192, 40), 32), ((3, 100, 65), 0),
                                               ((5, 576, 64), 128)])
 def test_the_product_is_that_of_the_rounded_rows(shape: tuple[int, int, int], group: int, rows: int):
@@ -37,6 +38,18 @@ def test_blocks_of_their_own_widths():
   x, sizes = conformance.rows(9, 256), np.array([4, 5], np.int32)
   y = api.grouped_matmul(x, made.q, sizes, activations="int8")
   assert conformance.difference(y, conformance.expected(x, made.values, sizes)) < 2e-2
+
+
+@pytest.mark.parametrize("activations", ["exact", "int8"])
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_k_blocks_smaller_than_a_group_of_inputs(monkeypatch, activations: str, dtype: type):
+  monkeypatch.setattr(cpu, "LEAST_WEIGHTS_AFTER", 0)
+  bits = np.array([[[1], [3], [8], [2]], [[4], [2], [1], [3]]])
+  made = conformance.packed(bits, (2, 64, 64), group=0)
+  assert made.q.k_block == 16
+  x, sizes = conformance.rows(9, 64, dtype), np.array([4, 5], np.int32)
+  y = api.grouped_matmul(x, made.q, sizes, activations=activations)
+  assert conformance.difference(y, conformance.expected(x, made.values, sizes)) < 1e-2
 
 
 def test_many_rows_and_gradients_are_exact():

@@ -1,21 +1,35 @@
 """The CPU back-end: the shared suite, its tiles, and what it refuses."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
-from moeq_jax.kernels import api, cpu, shapes
+from moeq_jax import unpacking
+from moeq_jax.kernels import api, cpu, cpu_loop, shapes, varying
 from tests import conformance
+
+
+@pytest.fixture(autouse=True)
+def both_orders(monkeypatch: pytest.MonkeyPatch):
+  """The small problems of this file, too, take their scales after the product where rows are few."""
+  monkeypatch.setattr(cpu, "LEAST_WEIGHTS_AFTER", 0)
+  monkeypatch.setattr(cpu, "MOST_ROWS_AFTER", {"bfloat16": 12, "float32": 12})
+  monkeypatch.setattr(cpu, "_fast_bfloat16", lambda: True)
+  monkeypatch.setattr(varying, "zeros", lambda shape, dtype, like: jnp.full(shape, jnp.nan, dtype))  # all is written
 
 
 class TestCpu(conformance.Conformance):
   backend = "cpu"
 
 
+@pytest.mark.parametrize("scales", ["before", "after"])
 @pytest.mark.parametrize(("shape", "columns"), [((3, 64, 192), 64), ((2, 100, 1155), 231)])
-def test_more_than_one_column_tile_and_row_tile(monkeypatch, shape: tuple[int, int, int], columns: int):
-  monkeypatch.setattr(cpu, "heuristic", lambda *_: cpu.Config(rows=16, columns=columns))
+def test_more_than_one_column_tile_and_row_tile(monkeypatch, shape: tuple[int, int, int], columns: int, scales: str):
+  monkeypatch.setattr(cpu, "heuristic", lambda *_, **__: cpu.Config(rows=16, columns=columns, scales=scales))
   made = conformance.packed((2, 16, 3)[: shape[0]], shape, group=32)
   x, sizes = conformance.rows(100, shape[1]), shapes.group_sizes("zipf", 100, shape[0])
   dy = conformance.rows(100, shape[2], seed=2)
@@ -25,13 +39,73 @@ def test_more_than_one_column_tile_and_row_tile(monkeypatch, shape: tuple[int, i
   assert conformance.difference(pull(jnp.asarray(dy))[0], wanted) < 1e-5
 
 
+NAMED = [(name, projection) for name, layer in shapes.LAYERS.items() for projection in layer.matmuls()
+         if projection != "gate"]
+
+
+@pytest.mark.parametrize(("name", "projection"), NAMED)
+def test_named_shapes_under_every_routing(name: str, projection: str):
+  shape = shapes.LAYERS[name].scaled(1 / 16).matmuls()[projection]
+  made = conformance.packed(conformance.mixed(shape[0]), shape, group=32)
+  for routing in shapes.ROUTINGS:
+    for dtype, limit in ((np.float32, 1e-5), (ml_dtypes.bfloat16, 1e-2)):
+      x, sizes = conformance.rows(40, shape[1], dtype), shapes.group_sizes(routing, 40, shape[0])
+      y = conformance.jitted("cpu")(x, made.q, sizes)
+      assert conformance.difference(y, conformance.expected(x, made.values, sizes)) < limit
+
+
 @pytest.mark.parametrize("rows", [1, 7, 100, 16384])
 @pytest.mark.parametrize("stripe", [1, 36, 576, 768, 1408, 14336, 997])
 def test_tiles_fit(rows: int, stripe: int):
-  config = cpu.heuristic(rows, 16, stripe)
+  config = cpu.heuristic((rows, 16, 256, stripe), np.float32)
   assert 1 <= config.rows <= min(rows, 256)
   assert stripe % config.columns == 0
-  assert config.columns <= 1024 or stripe % 64 != 0
+  assert config.columns <= max(cpu.MOST_COLUMNS.values()) or stripe % 64 != 0
+
+
+@pytest.mark.parametrize(("rows", "size", "dtype", "fast", "scales"), [
+    (32, 1024, "bfloat16", False, "after"), (32, 1024, "float32", False, "before"),
+    (32, 1024, "float32", True, "after"),
+    (32, 256, "float32", True, "before"), (4096, 1024, "bfloat16", True, "before"),
+    (4096, 1024, "float32", True, "before")])
+def test_scales_come_after_the_product_where_rows_are_few(
+    monkeypatch, rows: int, size: int, dtype: str, fast: bool, scales: str):
+  monkeypatch.undo()
+  assert cpu.heuristic((rows, 16, size, size), jnp.dtype(dtype), fast).scales == scales
+
+
+def test_whether_the_cpu_multiplies_bfloat16_is_read_from_its_flags(monkeypatch, tmp_path: Path):
+  monkeypatch.undo()
+  for flags, wanted in (("fpu avx512_bf16 amx_tile", True), ("fpu avx512_bf16_not avx2", False)):
+    (tmp_path / "cpuinfo").write_text(f"flags : {flags}\n")
+    monkeypatch.setattr(cpu, "CPU_FLAGS", tmp_path / "cpuinfo")
+    assert cpu._fast_bfloat16.__wrapped__() == wanted
+  monkeypatch.setattr(cpu, "CPU_FLAGS", tmp_path / "none")
+  assert not cpu._fast_bfloat16.__wrapped__()
+
+
+def test_a_column_tile_keeps_its_limits():
+  for (K, stripe, columns, weights), wanted in {
+      (1024, 3584, 4096, 1 << 22): 3584, (4096, 14336, 4096, 1 << 22): 1024, (14336, 4096, 4096, 1 << 22): 256,
+      (1 << 20, 4096, 4096, 1 << 22): 64, (64, 997, 64, 64): 997, (64, 14336, 4096, 1 << 22): 3584}.items():
+    assert cpu_loop.column_tile(K, stripe, columns, weights) == wanted
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_an_expert_without_rows_is_not_unpacked(monkeypatch, dtype: type):
+  """One column tile: XLA would move the unpacking of every expert out of a loop over its row tiles."""
+  made = conformance.packed(2, (3, 64, 128))
+  seen = []
+  for name in ("columns", "codes"):
+    def counted(q, index, *args, original=getattr(unpacking, name)):
+      jax.debug.callback(lambda e: seen.append(int(e)), index)
+      return original(q, index, *args)
+
+    monkeypatch.setattr(unpacking, name, counted)
+  x = conformance.rows(9, 64, dtype)
+  jax.block_until_ready(jax.jit(lambda x: api.grouped_matmul(x, made.q, np.array([4, 0, 5]), backend="cpu"))(x))
+  jax.effects_barrier()
+  assert sorted(seen) == [0, 2]
 
 
 def test_the_whole_weight_is_never_dense():

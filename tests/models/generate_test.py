@@ -170,3 +170,13 @@ def test_no_prompts_give_no_rows():
 def test_arguments_that_make_no_sense_are_named(prompts: list[list[int]], options: dict, said: str):
   with pytest.raises(generate.GenerationError, match=said):
     run(prompts, **options)
+
+
+def test_a_step_with_packed_experts_never_makes_them_dense():
+  packed = apply.quantized_blocks(tiny.functions(), list(tiny.model().blocks), tiny.packed())
+  h, first = jnp.zeros((2, 1, 64)), jnp.zeros(2, jnp.int32)
+  cache = packed[0].attention.empty(2, 16, jnp.float32)
+  step = generate._block.lower(packed[0], h, cache, first).compile()
+  experts = 6 * 64 * 96 * 4  # bytes of one projection in float32
+  assert step.memory_analysis().temp_size_in_bytes < experts
+  assert step.memory_analysis().argument_size_in_bytes < experts  # of three projections, packed

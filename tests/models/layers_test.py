@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from moeq_jax.models import layers
 
@@ -51,3 +52,14 @@ def test_the_feed_forward_network_and_what_its_tap_sees():
   for name, value in expected.items():
     np.testing.assert_allclose(seen[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
   np.testing.assert_array_equal(out, -seen["down"])  # what the tap returns is what goes on
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 5), (2, 3, 5), (5,)])
+def test_logits(shape: tuple[int, ...]):
+  rng = np.random.default_rng(0)
+  h, weight = rng.normal(size=shape).astype(np.float32), rng.normal(size=(7, 5)).astype(np.float32)
+  logits, pull = jax.vjp(layers.unembed, jnp.asarray(h, jnp.bfloat16), jnp.asarray(weight))
+  assert (logits.shape, logits.dtype) == ((*shape[:-1], 7), jnp.float32)
+  np.testing.assert_allclose(logits, np.float64(h) @ weight.T, atol=0.1)
+  dy = rng.normal(size=logits.shape).astype(np.float32)
+  np.testing.assert_allclose(np.float64(pull(jnp.asarray(dy))[0]), np.float64(dy) @ weight, atol=0.2)

@@ -10,6 +10,7 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moeq_jax.kernels import ffn
 from moeq_jax.models import moe
 
 T, D, F, E, TOP_K = 23, 8, 12, 6, 2
@@ -187,7 +188,7 @@ def test_permute_and_its_gradient(shape: tuple[int, ...]):
   rng = np.random.default_rng(0)
   x, dy, order = rng.normal(size=shape), rng.normal(size=shape), rng.permutation(7)
   x, dy = np.float32(x), np.float32(dy)
-  y, pull = jax.vjp(lambda x: moe.permute(x, jnp.asarray(order), jnp.asarray(np.argsort(order))), x)
+  y, pull = jax.vjp(lambda x: ffn.permute(x, jnp.asarray(order), jnp.asarray(np.argsort(order))), x)
   np.testing.assert_array_equal(y, x[order])
   matrix = np.eye(7, dtype=np.float32)[order]
   np.testing.assert_array_equal(pull(dy)[0], matrix.T @ dy)
