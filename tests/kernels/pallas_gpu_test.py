@@ -1,7 +1,7 @@
 """The Hopper back-end in Pallas' interpreter, on an abstract H100, with race detection; nothing here is a GPU.
 
 One interpreted launch takes about 20 s on two cores, so each test here covers several things. The whole shared suite
-runs with `MOEQ_HOPPER_CONFORMANCE=1` (a quarter of an hour).
+runs with `-m thorough` (most of an hour).
 """
 
 import functools
@@ -33,13 +33,14 @@ interpreted = pytest.mark.skipif(not IN_CHILD, reason="runs in the process that 
 
 
 @pytest.mark.skipif(IN_CHILD, reason="is the parent")
-def test_interpreted_launches():
+@pytest.mark.parametrize("marked", ["not thorough", pytest.param("thorough", marks=pytest.mark.thorough)])
+def test_interpreted_launches(marked: str):
   """XLA's pool has one thread per core: callbacks of warpgroups that wait for each other would block all of it."""
   flags = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
   environment = {**os.environ, "MOEQ_HOPPER_CHILD": "1", "JAX_PLATFORMS": "cpu", "NPROC": "16",
                  "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}"}
-  command = [sys.executable, "-m", "pytest", __file__, "-k", "interpreted", "-p", "no:cacheprovider"]
-  child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500)
+  command = [sys.executable, "-m", "pytest", __file__, "-k", "interpreted", "-m", marked, "-p", "no:cacheprovider"]
+  child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=4 * 3600)
   assert child.returncode == 0, child.stdout[-4000:] + child.stderr[-2000:]
 
 
@@ -72,7 +73,7 @@ def _run(x: np.ndarray, w, sizes: np.ndarray) -> np.ndarray:
 
 
 @interpreted
-@pytest.mark.skipif("MOEQ_HOPPER_CONFORMANCE" not in os.environ, reason="takes a quarter of an hour: see above")
+@pytest.mark.thorough
 @pytest.mark.usefixtures("interpreter")
 class TestInterpretedHopper(conformance.Conformance):
   backend = "pallas_gpu"
