@@ -66,13 +66,13 @@ def dequantized(
   `scaled_after`.
 
   A part is converted to `dtype` last, whole: the compiler then lays it out as the matrix unit reads it (a conversion
-  piece by piece costs three more operations per register). Three bits in pairs are best multiplied a K-tile at a time,
-  by the count of `bench kernels_tpu_static`.
+  piece by piece costs three more operations per register). 3 and 16 bits in pairs are best multiplied a K-tile at a
+  time, by the count of `bench kernels_tpu_static`.
   """
   pieces = tpu_unpack.codes(words, bits, paired)
   height = pieces[0].shape[0]
   k_tile = height * len(pieces)
-  part = k_tile if bits == 3 and paired else min(PASS, k_tile)
+  part = k_tile if paired and bits in (3, 16) else min(PASS, k_tile)
   short = dtype == jnp.bfloat16 and not paired and pltpu.get_tpu_info().generation >= 6
   kind = jnp.bfloat16 if short or bits == 16 else jnp.float32
   scale, zero = _scale_and_zero(grid)
