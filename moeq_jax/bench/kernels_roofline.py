@@ -37,7 +37,7 @@ CHIPS = {
   "v5e": Chip(bandwidth=0.819e12, rate=197e12, source="published"),
   "v6e": Chip(bandwidth=1.64e12, rate=918e12, source="published"),
   "H100": Chip(bandwidth=3.35e12, rate=989e12, source="published"),
-  "H200": Chip(bandwidth=4.3e12, rate=790e12, source="as copies and matmuls reach"),
+  "H200": Chip(bandwidth=4.3e12, rate=790e12, source="what copies and matmuls reach"),
 }
 
 
@@ -97,10 +97,11 @@ def run(figure: str = "docs/figures/kernels-roofline.png", layer: str = "mixtral
           "rows_per_expert_where_products_take_over": crossing}
 
 
-def crossover(chip: Chip, shape: tuple[int, int, int], bits: int) -> float | None:
-  """Smallest rows per expert of `ROWS` from which products take longer than bytes; None if they never do."""
-  found = [rows for rows in ROWS if np.subtract(*times(chip, shape, rows, bits)) < 0]
-  return found[0] / shape[0] if found else None
+def crossover(chip: Chip, shape: tuple[int, int, int], bits: int) -> float:
+  """Rows per expert from which products take longer than bytes, where every expert has rows."""
+  _, K, N = shape
+  weights = K * N * bits / 8 + (0 if bits == 16 else 4 * N * K / GROUP)
+  return weights / chip.bandwidth / (2 * K * N / chip.rate - 2 * (K + N) / chip.bandwidth)
 
 
 def _title(layer: str, shape: tuple[int, int, int]) -> str:
@@ -109,7 +110,7 @@ def _title(layer: str, shape: tuple[int, int, int]) -> str:
 
 def draw(shape: tuple[int, int, int], entries: list[dict[str, Any]], layer: str) -> mpl.Figure:
   """One panel per chip: lines are rooflines per width, dashed where products decide; marks are compiler's counts."""
-  fig = mpl.Figure(figsize=(10, 7.6), layout="constrained")
+  fig = mpl.Figure(figsize=(9, 7.6), layout="constrained")
   fig.suptitle(_title(layer, shape) + "\nestimates, nothing is measured", fontsize=11)
   for axes, (name, chip) in zip(fig.subplots(2, 2, sharex=True, sharey=True).flat, CHIPS.items(), strict=True):
     _panel(axes, name, chip, shape, [entry for entry in entries if entry["chip"] == name])
@@ -119,7 +120,7 @@ def draw(shape: tuple[int, int, int], entries: list[dict[str, Any]], layer: str)
 
 
 def _panel(axes: Any, name: str, chip: Chip, shape: tuple[int, int, int], entries: list[dict[str, Any]]) -> None:
-  for bits, color in LINES.items():
+  for bits, color in LINES.items():  # where products decide, all lines are one: the last is seen
     both = np.array([times(chip, shape, rows, bits) for rows in ROWS]) * 1e6
     axes.plot(ROWS, both.max(1), color=color, lw=1.6, label=f"{bits} bits")
   by_products = np.array([times(chip, shape, rows, 16)[1] for rows in ROWS]) * 1e6
@@ -127,7 +128,10 @@ def _panel(axes: Any, name: str, chip: Chip, shape: tuple[int, int, int], entrie
   for entry in entries:
     at = [16, *(shape[0] * int(rows) for rows in entry["prefill_ratios"])]
     axes.plot(at, [counted(entry, shape, rows) * 1e6 for rows in at], "o", ms=4, mfc="none", color=LINES[entry["bits"]])
-  counts = "; circles: bundles or copies, as counted by its compiler" if entries else ""
-  axes.set_title(f"{name}: {chip.bandwidth / 1e12:.2f} TB/s, {chip.rate / 1e12:.0f} TFLOP/s ({chip.source})", fontsize=9)
-  axes.text(0.02, 0.97, f"dashed: products alone{counts}", transform=axes.transAxes, va="top", fontsize=8)
-  axes.set(xscale="log", yscale="log", xlabel="rows (tokens x top-k)", ylabel="microseconds")
+  axes.set_title(f"{name}: {chip.bandwidth / 1e12:.2f} TB/s, {chip.rate / 1e12:.0f} TFLOP/s", fontsize=10)
+  notes = [f"({chip.source})", "dashed: products alone", *["circles: compiler's counts"] * bool(entries)]
+  axes.text(0.02, 0.98, "\n".join(notes), transform=axes.transAxes, va="top", fontsize=8)
+  axes.set(xscale="log", yscale="log", ylim=(1, 30_000), xlabel="rows (tokens x top-k)", ylabel="microseconds")
+  axes.set_xticks([1, 16, 256, 4096], ["1", "16", "256", "4096"])
+  axes.set_yticks([1, 10, 100, 1000, 10_000], ["1", "10", "100", "1,000", "10,000"])
+  axes.minorticks_off()

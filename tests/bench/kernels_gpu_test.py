@@ -85,7 +85,7 @@ def test_the_whole_script_at_a_small_size(monkeypatch: pytest.MonkeyPatch, capsy
   monkeypatch.setattr(kernels_gpu, "_ceilings", lambda _: {"copy_bytes_per_second": 1e9, "bfloat16_flops_per_second": 1e9})
   monkeypatch.setattr(kernels_gpu, "_errors", lambda: [{"mix": "2", "relative_error": 1e-3}])
   monkeypatch.setattr(_hopper_peers, "other_peers", lambda *args, **kwargs: [("humming", "2", 0.5)])
-  result = kernels_gpu.run(layers="tiny", tokens=3, mixes=(2, 2.5), repeats=2)  # as the command line gives them
+  result = kernels_gpu.run(layers="tiny", tokens=40, mixes=(2, 2.5), repeats=2)  # as the command line gives them
   rows = {(row["kernel"], row["bits"]): row for row in result["results"]}
   assert {("pallas_gpu", "2"), ("pallas_gpu", "2.5"), ("lax.ragged_dot", "16"), ("humming", "2")} <= set(rows)
   assert "tokamax.ragged_dot" in result["skipped"]
