@@ -54,8 +54,8 @@ def launch(layer: str, projection: str, rows: int, dtype: str = "bfloat16") -> d
     dtype: of the rows.
 
   Returns:
-    The arguments, `registers` per thread, bytes of `spill_stores` and `spill_loads`, numbers of `wgmma` and of `shuffle`
-    instructions in the PTX, `config`; or `error`.
+    The arguments, `registers` per thread, bytes of `spill_stores` and `spill_loads`, numbers of `wgmma` and of
+    `shuffle` instructions in the PTX, `config`; or `error`.
   """
   job = {"layer": layer, "projection": projection, "rows": rows, "dtype": dtype}
   command = [sys.executable, "-m", "moeq_jax.bench._gpu_compile", json.dumps(job)]

@@ -11,7 +11,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 
@@ -55,8 +54,9 @@ def other_peers(
                         "repeats": repeats, "calls": CALLS}
   for peer, code in (("humming", _HUMMING), ("torch._grouped_mm", _TORCH)):
     try:
-      child = subprocess.run([sys.executable, "-c", _COMMON + code, json.dumps(problem)], capture_output=True, text=True,
-                             timeout=timeout, env={**os.environ, "PYTHONPATH": ""})
+      command = [sys.executable, "-c", _COMMON + code, json.dumps(problem)]
+      child = subprocess.run(command, capture_output=True, text=True, timeout=timeout,
+                             env={**os.environ, "PYTHONPATH": ""})
     except subprocess.TimeoutExpired:
       skipped[peer] = f"took more than {timeout:g} s"
       continue

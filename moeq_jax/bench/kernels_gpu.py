@@ -2,8 +2,9 @@
 
 A timed program makes eight calls, each with rows and weights of its own, so that the host's work between calls is not
 measured, and the L2 cache is overwritten before it, so that no weights are found there. Data is random, since zeros
-draw less power and run at higher clocks. The roofline of a row is its bytes (packed weights and scales of experts with rows, rows in, rows out)
-at the copy bandwidth measured at the start, or its products at the matmul rate measured there, whichever takes longer.
+draw less power and run at higher clocks. The roofline of a row is its bytes (packed weights and scales of experts with
+rows, rows in, rows out) at the copy bandwidth measured at the start, or its products at the matmul rate measured there,
+whichever takes longer.
 
 All mixes of widths are run by one compiled program: their buffers have the length that the widest needs. Every row is
 printed as soon as it is measured, so that a call that is cut off loses nothing.

@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation of the Hopper kernel, all the way through ptxas, for a described H100; no GPU takes part."""
+"""Ahead-of-time compilation of the Hopper kernel, through ptxas, for a described H100; no GPU takes part."""
 
 import pytest
 

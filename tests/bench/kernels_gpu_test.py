@@ -9,6 +9,8 @@ from moeq_jax import qtensor
 from moeq_jax.bench import _hopper_peers, kernels_gpu
 from moeq_jax.kernels import cpu
 
+CEILINGS = {"copy_bytes_per_second": 1e9, "bfloat16_flops_per_second": 1e9}
+
 
 def test_without_a_hopper_gpu_nothing_is_timed():
   result = kernels_gpu.run()
@@ -68,7 +70,7 @@ def test_correctness_is_checked_against_the_reference():
 
 def test_a_wrong_kernel_is_not_timed(monkeypatch: pytest.MonkeyPatch):
   monkeypatch.setattr(kernels_gpu.pallas_gpu, "supports", lambda *_: None)
-  monkeypatch.setattr(kernels_gpu, "_ceilings", lambda _: {"copy_bytes_per_second": 1.0, "bfloat16_flops_per_second": 1.0})
+  monkeypatch.setattr(kernels_gpu, "_ceilings", lambda _: CEILINGS)
   monkeypatch.setattr(kernels_gpu, "_errors", lambda: [{"mix": "2", "relative_error": float("inf")}])
   with pytest.raises(RuntimeError, match="nothing is timed"):
     kernels_gpu.run()
@@ -82,7 +84,7 @@ def test_the_whole_script_at_a_small_size(monkeypatch: pytest.MonkeyPatch, capsy
   monkeypatch.setattr(kernels_gpu.pallas_gpu, "supports", lambda *_: None)
   monkeypatch.setattr(kernels_gpu.pallas_gpu, "prepare", lambda q: q)
   monkeypatch.setattr(kernels_gpu.pallas_gpu, "forward", cpu.forward)
-  monkeypatch.setattr(kernels_gpu, "_ceilings", lambda _: {"copy_bytes_per_second": 1e9, "bfloat16_flops_per_second": 1e9})
+  monkeypatch.setattr(kernels_gpu, "_ceilings", lambda _: CEILINGS)
   monkeypatch.setattr(kernels_gpu, "_errors", lambda: [{"mix": "2", "relative_error": 1e-3}])
   monkeypatch.setattr(_hopper_peers, "other_peers", lambda *args, **kwargs: [("humming", "2", 0.5)])
   result = kernels_gpu.run(layers="tiny", tokens=40, mixes=(2, 2.5), repeats=2)  # as the command line gives them

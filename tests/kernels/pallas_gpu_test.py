@@ -133,19 +133,20 @@ def test_the_order_of_copies_is_the_order_of_reads(bits: int):
 
 @pytest.mark.usefixtures("outside_a_kernel")
 @pytest.mark.parametrize("bits", qtensor.WIDTHS)
-@pytest.mark.parametrize(("K", "group"), [(512, 128), (256, 32), (768, 32), (64, 0)])
-def test_units_are_the_weights(bits: int, K: int, group: int):
-  made = conformance.packed(bits, (1, K, 128), group=group)
+@pytest.mark.parametrize(("K", "group", "blocks"), [
+  (512, 128, 1), (256, 32, 1), (768, 32, 1), (64, 0, 1), (96, 32, 3), (48, 0, 3)])
+def test_units_are_the_weights(bits: int, K: int, group: int, blocks: int):
+  made = conformance.packed(np.full((1, blocks, 1), bits), (1, K, 128), group=group)
   w = gpu_view.prepare(made.q)
   x = gpu_view.rows_view(jnp.asarray(np.eye(K, dtype=np.float32)), w)
   total = np.zeros((K, 128))
-  for step in range(w.block_steps):
-    planes = {i: w.chunks[0, i * w.fragments + step % w.fragments + step // w.fragments * bits * w.fragments]
-              for i in range(bits)}
+  for block, step in np.ndindex(blocks, w.block_steps):
+    origin = int(w.first[0, block, 0]) + step % w.fragments + step // w.fragments * bits * w.fragments
+    planes = {i: w.chunks[0, origin + i * w.fragments] for i in range(bits)}
     for unit in [unit for index in range(bits) for unit in gpu_unpack.units(bits, index, {
         k: v for k, v in planes.items() if k in [gpu_unpack.plane(bits, i) for i in range(index + 1)]})]:
       code = np.asarray(unit.operand, np.float64) * unit.multiplier + unit.offset
-      total += np.asarray(x[step, unit.eighth], np.float64) @ code.T
+      total += np.asarray(x[block * w.block_steps + step, unit.eighth], np.float64) @ code.T
   wanted = made.codes[0] if bits < 16 else made.values[0]
   np.testing.assert_array_equal(total, wanted)
 

@@ -141,7 +141,7 @@ def test_the_vector_unit_of_v6e_rounds_twice_and_stays_below_the_bound(monkeypat
 @pytest.mark.parametrize(
   ("shape", "group", "blocks"),
   [((6, 512, 256), 128, (1, 1)), ((6, 576, 96), 64, (1, 1)), ((3, 500, 50), 32, (2, 3)), ((6, 96, 33), 32, (1, 1)),
-   ((4, 1408, 64), 128, (1, 1))])
+   ((4, 1408, 64), 128, (1, 1)), ((2, 96, 40), 32, (3, 2))])
 def test_the_view_holds_the_same_codes(
     shape: tuple[int, int, int], group: int, blocks: tuple[int, int], paired: bool):
   bits = np.random.default_rng(7).choice(EVERY[:5], (shape[0], *blocks))
