@@ -2,12 +2,12 @@
 
 In order, a shift and an `and` of a word give 32 rows of int8, which the chip converts to bfloat16.
 
-In pairs, a field of less than 8 bits becomes a bfloat16 by placing it in the mantissa of 128: `0x4300 | code` is
-`128 + code`, exactly. Two rows are made at a time in the halves of a word, so a field costs a shift, an `and` and an `or` per pair,
-and the 128 goes where the zero goes, into a subtraction that is there anyway. (The trick is that of "Who Says Elephants
-Can't Run", Kim et al. 2022, and of Marlin, there in half precision on GPUs; TPUs have it by way of the row pairs of
-`tpu_view`.) 8-bit codes do not fit into 7 bits of mantissa and are converted from int16. 16-bit weights, always in
-pairs, are two byte planes that only need to be joined.
+In pairs, a field of less than 8 bits becomes a bfloat16 by placing it in the mantissa of 128: `0x4300 | code` is `128 +
+code`, exactly. Two rows are made at a time in the halves of a word, so a field costs a shift, an `and` and an `or` per
+pair, and the 128 goes where the zero goes, into a subtraction that is there anyway. (The trick is that of "Who Says
+Elephants Can't Run", Kim et al. 2022, and of Marlin, there in half precision on GPUs; TPUs have it by way of the row
+pairs of `tpu_view`.) 8-bit codes do not fit into 7 bits of mantissa and are converted from int16. 16-bit weights,
+always in pairs, are two byte planes that only need to be joined.
 """
 
 import jax

@@ -10,8 +10,8 @@ TPU, so that every copy of whole blocks is aligned. Word row `r` of a block hold
 In *pairs*, two bytes 16 bits apart are the layout of a packed pair of bfloat16 rows: `word & 0x00FF00FF` bitcast to
 bfloat16 is rows 0-15 of the block in order, `(word >> 8) & 0x00FF00FF` rows 16-31. In *order*, the word bitcast to int8
 is the 32 rows. Neither way does a row move to another place. Chips that convert int8 to bfloat16 in two operations
-(v6e) take their codes in order; v5e, which goes through float32, in pairs (`tpu_unpack.py`). 16-bit weights, two byte planes
-that become bfloat16 by joining pairs, are in pairs on every chip.
+(v6e) take their codes in order; v5e, which goes through float32, in pairs (`tpu_unpack.py`). 16-bit weights, two byte
+planes that become bfloat16 by joining pairs, are in pairs on every chip.
 
 A K-tile must then have whole blocks at every width: 256 rows or a multiple. Blocks with smaller tiles (K = 576 has
 tiles of 64) are packed again, K padded to a multiple of 256; and columns are padded to a multiple of 128.
