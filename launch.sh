@@ -4,8 +4,9 @@
 #   ./launch.sh test            the tests; what follows goes to pytest
 #   ./launch.sh interop         the checks against torch, transformers and others, in an environment of their own
 #                               (.venv-interop, made once); what follows goes to pytest
-#   ./launch.sh aot             compiles the TPU kernel with the TPU compiler, which needs no TPU; what follows goes to
-#                               pytest. `bench kernels_tpu_static` also uses its environment (.venv-aot, made once)
+#   ./launch.sh aot             compiles the kernels with the compilers of TPUs and Hopper GPUs, which need neither; what
+#                               follows goes to pytest. `bench kernels_tpu_static` and `bench kernels_gpu_static` also
+#                               use its environment (.venv-aot, made once)
 #   ./launch.sh COMMAND ...     any other command; ./launch.sh --help lists them
 set -euo pipefail
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
@@ -66,9 +67,10 @@ environment() {
   ) 9<"$root/$2.txt"
 }
 
-compiler() {  # the project's own interpreter, which then also finds the TPU compiler
+compiler() {  # the project's own interpreter, which then also finds the compilers; they look for no device
   environment .venv-aot requirements-aot "$python"
   PYTHONPATH=$root:$(echo "$root"/.venv-aot/lib/python3.*/site-packages)
+  export JAX_PLATFORMS=cpu
 }
 
 environment .venv requirements
@@ -85,6 +87,6 @@ case ${1-quickstart} in
     set -- "${@:2}" ${checks[@]+"${checks[@]}"}
     exec .venv-interop/bin/python -m pytest -c tests/interop/pytest.ini --project-python="$python" "$@" ;;
   aot) compiler; cd "$root"; exec "$python" -m pytest tests/aot "${@:2}" ;;
-  *) if [[ "${*:1:2}" == "bench kernels_tpu_static" ]]; then compiler; fi
+  *) if [[ "${*:1:2}" == "bench kernels_"?"pu_static" ]]; then compiler; fi
     exec "$python" -P -m moeq_jax.main "${@-quickstart}" ;;
 esac

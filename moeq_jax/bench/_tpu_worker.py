@@ -4,13 +4,14 @@ Reads one JSON list of jobs from standard input and prints one JSON object per j
 """
 
 import dataclasses
+import functools
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from moeq_jax.kernels import pallas_tpu, shapes, tpu_tile, tpu_unpack, tpu_view
 
 BUNDLES = "final_hlo-static-per-bundle-utilization"
 NAME = "moeq_tile"
+PAIRED = ("v5e",)  # chips whose words are in pairs (`tpu_view.py`)
 
 
 def results(jobs: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -52,7 +54,7 @@ def results(jobs: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 def matmul(chip: str, layer: str, projection: str, rows: int, dtype: str = "bfloat16") -> dict[str, Any]:
   """Compiles one grouped matmul at true size, experts of all widths mixed: seconds and bytes."""
   shape = shapes.LAYERS[layer].matmuls()[projection]
-  view = jax.eval_shape(tpu_view.prepare, _tpu_compile.abstract(shape, np.resize(qtensor.WIDTHS, shape[0])))
+  view = jax.eval_shape(_prepare(chip), _tpu_compile.abstract(shape, np.resize(qtensor.WIDTHS, shape[0])))
   x = jax.ShapeDtypeStruct((rows, shape[1]), dtype)
   config = pallas_tpu.heuristic(rows, shape[0], view)
   started = time.perf_counter()
@@ -74,46 +76,63 @@ def gradient(chip: str, layer: str, projection: str, rows: int) -> dict[str, Any
   x, dy = (jax.ShapeDtypeStruct((rows, size), jnp.bfloat16) for size in shape[1:])
   sizes = jax.ShapeDtypeStruct((shape[0],), jnp.int32)
   code = [_tpu_compile.compiled(chip, run, *args).memory_analysis().generated_code_size_in_bytes
-          for run, args in ((lambda *args: pallas_tpu.backward(*args)[0], (x, q, sizes, dy)), (tpu_view.prepare, (q,)))]
+          for run, args in ((lambda *args: pallas_tpu.backward(*args)[0], (x, q, sizes, dy)), (_prepare(chip), (q,)))]
   return {"code": code}
 
 
-def tile(chip: str, way: str, rows: int, bits: int, k_tile: int, columns: int, group: int) -> dict[str, Any]:
-  """Compiles the work on one tile of weights, all of it in vector memory, and counts its instruction bundles.
+def _prepare(chip: str) -> Callable[..., tpu_view.View]:
+  """`pallas_tpu.prepare` as it is on `chip`."""
+  return functools.partial(tpu_view.prepare, paired=chip in PAIRED)
+
+
+def tile(
+  chip: str, way: str, rows: int, bits: int, k_tile: int, columns: int, group: int, span: int
+) -> dict[str, Any]:
+  """Compiles the work on some tiles of weights, all of it in vector memory, and counts its instruction bundles.
 
   Args:
     chip: of `_tpu_compile.CHIPS`.
     way: `"bfloat16"` (plain weights), `"after"`, `"before"`, or `"reused"` (before, and kept for more rows).
     rows: rows of the row tile.
     bits: width.
-    k_tile, columns: size of the tile of weights.
+    k_tile, columns: size of a tile of weights.
     group: rows that share a scale.
+    span: K-tiles, without a loop around them.
 
   Returns:
     `bundles` from the first to the last that does vector work; `slots` used per kind of unit.
   """
-  def body(x: Any, w: Any, grid: Any, y: Any, *kept: Any) -> None:
-    if way == "bfloat16":
-      y[...] += tpu_tile.dot(x[...], w[...])
-    elif way == "after":
-      y[...] += tpu_tile.scaled_after(x[...], w[...], grid[...], bits, group)
-    else:
-      weight = tpu_tile.dequantized(w[...], grid[...], bits, group, x.dtype)
-      for part in tpu_tile.passes(x[...], weight):
-        y[...] += part
-      for scratch in kept:
-        scratch[...] = weight
+  blocks, paired = tpu_unpack.blocks(k_tile, bits), chip in PAIRED
 
-  plain = jax.ShapeDtypeStruct((k_tile, columns), jnp.bfloat16)
-  words = jax.ShapeDtypeStruct((tpu_unpack.blocks(k_tile, bits), 8, columns), jnp.uint32)
+  def body(x: Any, w: Any, grid: Any, y: Any, *kept: Any) -> None:
+    for index in range(span):
+      at = slice(index * k_tile, (index + 1) * k_tile)
+      if way == "bfloat16":
+        y[...] += tpu_tile.dot(x[:, at], w[at])
+        continue
+      raw, entry = w[index * blocks : (index + 1) * blocks], grid[at.start // group : at.stop // group]
+      if way == "after":
+        y[...] += tpu_tile.scaled_after(x[:, at], raw, entry, bits, group, paired)
+        continue
+      first = at.start
+      for weight in tpu_tile.dequantized(raw, entry, bits, group, paired, x.dtype):
+        part = slice(first, first + weight.shape[0])
+        y[...] += tpu_tile.dot(x[:, part], weight)
+        for scratch in kept:
+          scratch[part] = weight
+        first = part.stop
+
+  K = span * k_tile
+  plain = jax.ShapeDtypeStruct((K, columns), jnp.bfloat16)
+  words = jax.ShapeDtypeStruct((span * blocks, 8, columns), jnp.uint32)
   run = pl.pallas_call(
     body, name=NAME, compiler_params=pltpu.CompilerParams(vmem_limit_bytes=pallas_tpu.VMEM),
     out_shape=[jax.ShapeDtypeStruct((rows, columns), jnp.float32)] + [plain] * (way == "reused"))
   for old in Path(os.environ["MOEQ_DUMP"]).iterdir():
     old.unlink()
-  _tpu_compile.compiled(chip, run, jax.ShapeDtypeStruct((rows, k_tile), jnp.bfloat16),
+  _tpu_compile.compiled(chip, run, jax.ShapeDtypeStruct((rows, K), jnp.bfloat16),
                         plain if way == "bfloat16" else words,
-                        jax.ShapeDtypeStruct((k_tile // group, columns), jnp.uint32))
+                        jax.ShapeDtypeStruct((K // group, columns), jnp.uint32))
   (dumped,) = (f for f in Path(os.environ["MOEQ_DUMP"]).iterdir() if BUNDLES in f.name and NAME in f.name)
   return count(dumped.read_text())
 

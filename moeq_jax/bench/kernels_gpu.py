@@ -1,21 +1,22 @@
 """The grouped matmul on a Hopper GPU: ceilings, correctness, then a table over shapes, widths and peers, in one call.
 
-Times are of whole jitted calls on the device, several calls in flight, divided by their number. Weight sets rotate, so
-that none is found in the L2 cache, and the data is random, since zeros draw less power and run at higher clocks. The
-roofline of a row is its bytes (packed weights and scales of experts with rows, rows in, rows out) at the copy bandwidth
-measured at the start, or its products at the matmul rate measured there, whichever takes longer.
+A timed program makes eight calls, each with rows and weights of its own, so that the host's work between calls is not
+measured, and the L2 cache is overwritten before it, so that no weights are found there. Data is random, since zeros
+draw less power and run at higher clocks. The roofline of a row is its bytes (packed weights and scales of experts with
+rows, rows in, rows out) at the copy bandwidth measured at the start, or its products at the matmul rate measured there,
+whichever takes longer.
+
+All mixes of widths are run by one compiled program: their buffers have the length that the widest needs. Every row is
+printed as soon as it is measured, so that a call that is cut off loses nothing.
 """
 
+import dataclasses
 import functools
-import importlib
 import importlib.metadata
 import json
-import math
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -25,19 +26,21 @@ from rich import console as rich_console
 from rich import table as rich_table
 
 from moeq_jax import planar, progress
-from moeq_jax.kernels import api, pallas_gpu, ragged, shapes
+from moeq_jax.bench import _hopper_peers
+from moeq_jax.kernels import api, pallas_gpu, shapes
 from moeq_jax.qtensor import QTensor
 
-MIXES = {"1": (1,), "2": (2,), "3": (3,), "4": (4,), "8": (8,), "1-4": (1, 2, 3, 4), "2.5": (2, 2, 2, 4)}
+MIXES = {"1": (1,), "2": (2,), "3": (3,), "4": (4,), "8": (8,), "1-4": (1, 2, 3, 4), "2.5": (2, 2, 2, 4),
+         "all": (1, 2, 3, 4, 8, 16)}
 GROUP = 128
-ROTATED_BYTES = 240 << 20  # four times the L2 cache
-MAX_SETS = 16
+FLUSHED_BYTES = 240 << 20  # four times the L2 cache
+CALLS = _hopper_peers.CALLS
 LAYERS = "mixtral-8x7b,switch-base-64"
 
 
 def run(
   layers: str = LAYERS, tokens: str = "1,16,64,512,4096", mixes: str = "2,3,4,1-4,2.5", routing: str = "uniform",
-  repeats: int = 30,
+  repeats: int = 30, peers: bool = True,
 ) -> dict[str, Any]:
   """Ceilings, correctness and times on the Hopper GPU that jax finds.
 
@@ -48,6 +51,7 @@ def run(
       one of 4.
     routing: one of `kernels.shapes.ROUTINGS`.
     repeats: timed batches of calls; their median counts.
+    peers: whether other kernels are measured beside.
 
   Returns:
     A JSON-able dictionary: `ceilings`, `errors`, `results` with one entry per case, `skipped` with every peer that did
@@ -60,18 +64,25 @@ def run(
     result["skipped"]["pallas_gpu"] = refusal
     return result
   result["ceilings"] = _ceilings(repeats)
-  result["errors"] = [_error(mix) for mix in MIXES]
+  result["errors"] = _errors()
   worst = max(entry["relative_error"] for entry in result["errors"])
   if not worst < 1e-2:
     raise RuntimeError(f"kernels_gpu: relative error {worst:.3g} is not below 1e-2, so nothing is timed: "
                        f"{result['errors']}")
-  cases = [(name, int(count)) for name in layers.split(",") for count in tokens.split(",")]
+  cases = [(name, int(count)) for name in listed(layers) for count in listed(tokens)]
   with progress.bar("kernels_gpu", len(cases)) as advance:
     for name, count in cases:
-      result["results"] += _case(name, count, mixes.split(","), routing, repeats, result["ceilings"], result["skipped"])
+      for row in _case(name, count, listed(mixes), routing, repeats, peers, result["skipped"]):
+        result["results"].append(_against(row, result["ceilings"]))
+        print(json.dumps(result["results"][-1]), flush=True)
       advance(f"{name}, {count} tokens")
   _show(result)
   return result
+
+
+def listed(value: Any) -> list[str]:
+  """Names from an option: the command line turns `1,16` into a tuple and `2.5` into a number."""
+  return value.split(",") if isinstance(value, str) else [str(v) for v in np.atleast_1d(np.array(value, object))]
 
 
 def _machine() -> dict[str, Any]:
@@ -85,16 +96,24 @@ def _machine() -> dict[str, Any]:
   return {"device": device.device_kind, "platform": device.platform, "versions": versions}
 
 
-def seconds(call: Callable[[int], Any], repeats: int, calls: int = 8) -> float:
-  """Median over `repeats` of the time of one of `calls` calls in flight; `call(i)` takes weight set `i`."""
-  jax.block_until_ready(call(0))
+def seconds(batch: Callable[[], Any], repeats: int, calls: int = CALLS) -> float:
+  """Median over `repeats` of the time of `batch()`, divided by the `calls` that it makes; the L2 cache is cold."""
+  flush = jax.jit(lambda a: a ^ jnp.uint8(1))
+  filled = jnp.zeros(FLUSHED_BYTES, jnp.uint8)
+  jax.block_until_ready(batch())
   times = []
-  for repeat in range(repeats):
+  for _ in range(repeats):
+    filled = jax.block_until_ready(flush(filled))
     started = time.perf_counter()
-    out = [call(repeat * calls + index) for index in range(calls)]
-    jax.block_until_ready(out)
+    jax.block_until_ready(batch())
     times.append((time.perf_counter() - started) / calls)
   return statistics.median(times)
+
+
+def batched(run: Callable[..., jax.Array]) -> Callable[..., list[jax.Array]]:
+  """`run(x, w, sizes)` for every x and w of two lists, as one program."""
+  inner = jax.jit(run)
+  return jax.jit(lambda xs, ws, sizes: [inner(x, w, sizes) for x, w in zip(xs, ws, strict=True)])
 
 
 def _ceilings(repeats: int) -> dict[str, float]:
@@ -103,19 +122,22 @@ def _ceilings(repeats: int) -> dict[str, float]:
   copy = jax.jit(lambda a: a ^ jnp.uint32(1))
   a, b = (jax.random.normal(jax.random.key(seed), (8192, 8192), jnp.bfloat16) for seed in (0, 1))
   matmul = jax.jit(jnp.dot)
-  return {"copy_bytes_per_second": 2 * data.nbytes / seconds(lambda _: copy(data), repeats, 2),
-          "bfloat16_flops_per_second": 2 * 8192**3 / seconds(lambda _: matmul(a, b), repeats)}
+  return {"copy_bytes_per_second": 2 * data.nbytes / seconds(lambda: copy(data), repeats, 1),
+          "bfloat16_flops_per_second": 2 * 8192**3 / seconds(lambda: [matmul(a, b) for _ in range(CALLS)], repeats)}
 
 
-def weights(shape: tuple[int, int, int], bits: Sequence[int], seed: int) -> QTensor:
-  """Random packed weights `[E, K, N]`; `bits` are repeated over the experts. No code is ever made, only bytes."""
+def weights(shape: tuple[int, int, int], bits: Sequence[int], seed: int, capacity: int = 0) -> QTensor:
+  """Random packed weights `[E, K, N]`; `bits` are repeated over the experts. No code is ever made, only bytes.
+
+  The buffer has `capacity` rows if that is more than the weights need.
+  """
   experts, K, N = shape
   widths = np.resize(np.asarray(bits, np.int32), experts)
   size = planar.layout(K, N, GROUP)
   rows = size.k_block * widths.astype(np.int64) // 8
   keys = jax.random.split(jax.random.key(seed), 3)
   entries = experts, -(-K // size.group), N
-  buffer = jax.random.bits(keys[0], (1, int(rows.sum()), size.stripe), jnp.uint8)
+  buffer = jax.random.bits(keys[0], (1, max(int(rows.sum()), capacity), size.stripe), jnp.uint8)
   scale = jax.random.uniform(keys[1], entries, jnp.float32, 0.5, 1.5).astype(jnp.bfloat16) / 64
   middle = jnp.asarray(2.0 ** (widths - 1), jnp.float32)[:, None, None]
   zero = (middle * jax.random.uniform(keys[2], entries, jnp.float32, 0.8, 1.2)).astype(jnp.bfloat16)
@@ -124,17 +146,33 @@ def weights(shape: tuple[int, int, int], bits: Sequence[int], seed: int) -> QTen
   return QTensor(buffer, blocks, offset, scale, zero, K, N, size.group, size.k_tile, size.k_block)
 
 
-def _error(mix: str) -> dict[str, Any]:
-  """Relative distance to the reference back-end, over several numbers of rows, some experts without any."""
-  shape, worst = (8, 1024, 1408), 0.0
-  w = weights(shape, MIXES[mix], seed=7)
-  for rows in (1, 9, 64, 515):
-    sizes = jnp.asarray(shapes.group_sizes("zipf", rows, shape[0], seed=rows))
-    x = jax.random.normal(jax.random.key(rows), (rows, shape[1]), jnp.bfloat16)
-    y, wanted = (jax.jit(functools.partial(api.grouped_matmul, backend=name, out_dtype=jnp.float32))(x, w, sizes)
-                 for name in ("pallas_gpu", "reference"))
-    worst = max(worst, float(jnp.linalg.norm(y - wanted) / jnp.linalg.norm(wanted)))
-  return {"mix": mix, "relative_error": worst if np.isfinite(worst) else float("inf")}
+def capacity(shape: tuple[int, int, int], mixes: Sequence[str]) -> int:
+  """Rows of a buffer that holds any of `mixes`."""
+  most = max(int(np.resize(MIXES[mix], shape[0]).sum()) for mix in mixes)
+  return planar.layout(*shape[1:], GROUP).k_block * most // 8
+
+
+def _errors(backend: str = "pallas_gpu", shape: tuple[int, int, int] = (8, 1024, 1408),
+            counts: Sequence[int] = (1, 9, 64, 515)) -> list[dict[str, Any]]:
+  """Relative distance to the reference back-end: every mix, several numbers of rows, experts without any.
+
+  Random bytes are no numbers where they are 16-bit weights: there, bytes stay below 64.
+  """
+  run = {name: jax.jit(functools.partial(api.grouped_matmul, backend=name, out_dtype=jnp.float32))
+         for name in (backend, "reference")}
+  found = []
+  for mix in MIXES:
+    w, worst = weights(shape, MIXES[mix], seed=7, capacity=capacity(shape, list(MIXES))), 0.0
+    if 16 in MIXES[mix]:  # bytes below 64 are bfloat16 of at most 0.5
+      w = dataclasses.replace(w, buffer=w.buffer & 63)
+    for rows in counts:
+      sizes = jnp.asarray(shapes.group_sizes("zipf", rows, shape[0], seed=rows))
+      x = jax.random.normal(jax.random.key(rows), (rows, shape[1]), jnp.bfloat16)
+      y, wanted = (run[name](x, w, sizes) for name in (backend, "reference"))
+      error = float(jnp.linalg.norm(y - wanted) / jnp.linalg.norm(wanted))
+      worst = max(worst, error if np.isfinite(error) else float("inf"))
+    found.append({"mix": mix, "relative_error": worst})
+  return found
 
 
 def moved_bytes(w_bits: np.ndarray, shape: tuple[int, int, int], sizes: np.ndarray) -> int:
@@ -146,98 +184,51 @@ def moved_bytes(w_bits: np.ndarray, shape: tuple[int, int, int], sizes: np.ndarr
 
 
 def _case(
-  name: str, count: int, mixes: Sequence[str], routing: str, repeats: int, ceilings: dict[str, float],
-  skipped: dict[str, str],
-) -> list[dict[str, Any]]:
+  name: str, count: int, mixes: Sequence[str], routing: str, repeats: int, peers: bool, skipped: dict[str, str]
+) -> Iterator[dict[str, Any]]:
   """One layer at one number of tokens: every mix of widths, then every peer that can be imported."""
   layer = shapes.LAYERS[name]
   shape, rows = layer.matmuls()["up"], count * layer.top_k
   sizes = shapes.group_sizes(routing, rows, shape[0])
-  x, device_sizes = jax.random.normal(jax.random.key(1), (rows, shape[1]), jnp.bfloat16), jnp.asarray(sizes)
-  found = []
+  xs = [jax.random.normal(jax.random.key(seed), (rows, shape[1]), jnp.bfloat16) for seed in range(CALLS)]
+  device_sizes = jnp.asarray(sizes)
 
-  def add(kind: str, mix: str, bits: np.ndarray, taken: float) -> None:
-    moved, flops = moved_bytes(bits, shape, sizes), 2 * rows * shape[1] * shape[2]
-    roofline = max(moved / ceilings["copy_bytes_per_second"], flops / ceilings["bfloat16_flops_per_second"])
-    found.append({"layer": name, "tokens": count, "rows": rows, "kernel": kind, "bits": mix, "seconds": taken,
-                  "bytes": moved, "bytes_per_second": moved / taken, "flops_per_second": flops / taken,
-                  "share_of_roofline": roofline / taken})
+  def row(kind: str, mix: str, taken: float) -> dict[str, Any]:
+    moved = moved_bytes(_widths(mix, shape[0]), shape, sizes)
+    return {"layer": name, "tokens": count, "rows": rows, "kernel": kind, "bits": mix, "seconds": taken, "bytes": moved,
+            "flops": 2 * rows * shape[1] * shape[2]}
 
-  run_view = jax.jit(functools.partial(pallas_gpu.forward, out_dtype=jnp.dtype(jnp.bfloat16)))
+  run = batched(functools.partial(pallas_gpu.forward, out_dtype=jnp.dtype(jnp.bfloat16)))
   for mix in mixes:
-    bits = np.resize(np.asarray(MIXES[mix], np.int64), shape[0])
-    made = [jax.jit(pallas_gpu.prepare)(weights(shape, MIXES[mix], seed))
-            for seed in range(_sets(moved_bytes(bits, shape, sizes)))]
-    add("pallas_gpu", mix, bits, seconds(lambda i, made=made: run_view(x, made[i % len(made)], device_sizes), repeats))
-  dense = [jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16) for seed in range(_sets(2 * math.prod(shape)))]
-  sixteen = np.full(shape[0], 16)
-  for peer, call in _jax_peers(skipped).items():
+    made = [jax.jit(pallas_gpu.prepare)(weights(shape, MIXES[mix], seed, capacity(shape, mixes)))
+            for seed in range(CALLS)]
+    yield row("pallas_gpu", mix, seconds(lambda made=made: run(xs, made, device_sizes), repeats))
+  if not peers:
+    return
+  dense = [jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16) for seed in range(CALLS)]
+  for peer, call in _hopper_peers.jax_peers(skipped).items():
     try:
-      add(peer, "16", sixteen, seconds(lambda i, call=call: call(x, dense[i % len(dense)], device_sizes), repeats))
+      program = batched(call)
+      yield row(peer, "16", seconds(lambda program=program: program(xs, dense, device_sizes), repeats))
     except Exception as error:  # a peer that fails is reported, and the table goes on
       skipped[peer] = f"{name}, {count} tokens: {type(error).__name__}: {str(error)[:200]}"
-  torch_seconds = _torch_grouped(shape, sizes, repeats, skipped)
-  if torch_seconds is not None:
-    add("torch._grouped_mm", "16", sixteen, torch_seconds)
-  return found
+  plans = {mix: _widths(mix, shape[0]).tolist() for mix in mixes}
+  for peer, mix, taken in _hopper_peers.other_peers(shape, sizes, plans, repeats, skipped):
+    yield row(peer, mix, taken)
 
 
-def _sets(size: int) -> int:
-  """As many sets of `size` bytes as keep the L2 cache from holding any."""
-  return min(MAX_SETS, 1 + ROTATED_BYTES // max(size, 1))
+def _widths(mix: str, experts: int) -> np.ndarray:
+  """`[E]` widths; `"16"` is plain bfloat16."""
+  return np.resize(np.asarray(MIXES.get(mix, (16,)), np.int64), experts)
 
 
-def _jax_peers(skipped: dict[str, str]) -> dict[str, Callable[..., jax.Array]]:
-  """bfloat16 grouped matmuls that take `(x, w, group_sizes)`."""
-  peers = {"lax.ragged_dot": jax.jit(jax.lax.ragged_dot),
-           "row tiles (XLA)": jax.jit(functools.partial(ragged.matmul, tile=64))}
-  try:
-    mosaic = importlib.import_module("jax.experimental.pallas.ops.gpu.ragged_dot_mgpu")
-    peers["ragged_dot_mgpu"] = jax.jit(lambda x, w, sizes: mosaic.ragged_dot(
-      x, w, group_sizes=sizes, block_m=64, block_n=128, block_k=64, max_concurrent_steps=4, grid_block_n=4))
-  except ImportError as error:
-    skipped["ragged_dot_mgpu"] = str(error)
-  try:
-    tokamax = importlib.import_module("tokamax")
-    peers["tokamax.ragged_dot"] = jax.jit(lambda x, w, sizes: tokamax.ragged_dot(x, w, sizes))
-  except ImportError as error:
-    skipped["tokamax"] = str(error)
-  try:
-    importlib.import_module("humming")
-    skipped["humming"] = "installed, but this benchmark has no adapter for its grouped layers yet"
-  except ImportError as error:
-    skipped["humming"] = str(error)
-  return peers
-
-
-_TORCH = """
-import json, statistics, sys, time, torch
-shape, sizes, repeats, sets = json.loads(sys.argv[1])
-make = lambda *size: torch.randn(*size, dtype=torch.bfloat16, device="cuda")
-offsets = torch.tensor(sizes, device="cuda").cumsum(0).to(torch.int32)
-x, w, times = make(sum(sizes), shape[1]), [make(*shape) for _ in range(sets)], []
-for repeat in range(repeats + 1):
-  torch.cuda.synchronize()
-  started = time.perf_counter()
-  for index in range(8):
-    torch._grouped_mm(x, w[(repeat * 8 + index) % sets], offs=offsets)
-  torch.cuda.synchronize()
-  times.append((time.perf_counter() - started) / 8)
-print(statistics.median(times[1:]))
-"""
-
-
-def _torch_grouped(
-  shape: tuple[int, int, int], sizes: np.ndarray, repeats: int, skipped: dict[str, str]
-) -> float | None:
-  """Seconds of torch's bfloat16 grouped matmul, in a process of its own, where one with torch can be started."""
-  sets = _sets(2 * math.prod(shape))
-  problem = json.dumps([list(shape), np.asarray(sizes).tolist(), repeats, sets])
-  child = subprocess.run([sys.executable, "-c", _TORCH, problem], capture_output=True, text=True, timeout=600)
-  if child.returncode:
-    skipped["torch"] = (child.stderr.strip().splitlines() or ["no message"])[-1][:200]
-    return None
-  return float(child.stdout.split()[-1])
+def _against(row: dict[str, Any], ceilings: dict[str, float]) -> dict[str, Any]:
+  """The row with its rates, and the share of the roofline that it reaches."""
+  by_bytes = row["bytes"] / ceilings["copy_bytes_per_second"]
+  by_products = row["flops"] / ceilings["bfloat16_flops_per_second"]
+  return {**row, "bytes_per_second": row["bytes"] / row["seconds"], "flops_per_second": row["flops"] / row["seconds"],
+          "roofline_seconds": max(by_bytes, by_products),
+          "share_of_roofline": max(by_bytes, by_products) / row["seconds"]}
 
 
 def _show(result: dict[str, Any]) -> None:

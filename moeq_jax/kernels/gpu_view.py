@@ -110,13 +110,14 @@ class HopperWeights:
 def fragment_width(k_tile: int, group: int, grouped: bool) -> int:
   """Rows of a fragment: the largest of `WIDTHS` that divides an eighth of a K-tile and, if `grouped`, the group.
 
-  Eighths of 8 rows (K-tiles of 64) are padded to fragments of 16: the depth of a wgmma.
+  Eighths of 8 rows (K-tiles of 64), 4 or 2 (of 32 or 16, in small K-blocks) are padded to fragments of 16: the depth of
+  a wgmma.
 
   Raises:
     ValueError: a K-tile that the kernel cannot cut so.
   """
   eighth = k_tile // EIGHTHS
-  if eighth == 8:
+  if eighth in (2, 4, 8) and not (grouped and k_tile % group):
     return WIDTHS[-1]
   fitting = [w for w in WIDTHS if eighth % w == 0 and (not grouped or group % w == 0)]
   if not fitting or (grouped and k_tile % group):
@@ -129,7 +130,7 @@ def prepare(q: QTensor) -> HopperWeights:
   """The Hopper view of one shard; one pass over the bytes, to be done once at load. May be traced.
 
   Bytes are those of the QTensor if stripes are multiples of 128 columns and K-tiles have more than 64 rows; otherwise
-  columns are padded to 128, and K-tiles of 64 rows to twice the bytes.
+  columns are padded to 128, and K-tiles of 64, 32 or 16 rows to 2, 4 or 8 times the bytes.
 
   Raises:
     ValueError: more than one shard, or a layout that the kernel cannot cut (see `fragment_width`).

@@ -26,7 +26,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from moeq_jax import planar
 from moeq_jax.kernels import cpu, tpu_tile, tpu_unpack, tpu_view, tpu_visits
-from moeq_jax.kernels.tpu_view import BLOCK, LANES, View, prepare
+from moeq_jax.kernels.tpu_view import BLOCK, LANES, View
 from moeq_jax.qtensor import QTensor
 
 INTERPRET: Any = None  # `pltpu.InterpretParams(...)` runs the kernel on a CPU, slowly; tests set it
@@ -62,18 +62,20 @@ class Config:
 def heuristic(rows: int, experts: int, view: View) -> Config:
   """Tile sizes for `rows` rows over `experts` experts.
 
-  Up to `IN_ORDER` rows stay in order. Else a row tile is about twice the rows of an average expert, from 16 to 256,
-  and a visit covers up to 1024 rows. Scales come after the dot up to 64 rows, if groups fill a lane tile. With few
-  rows, tiles are large so that copies are long, and the work between two loop edges is up to a million weights.
+  Up to `IN_ORDER` rows stay in order. Else a row tile is about twice the rows of an average expert, from 16 to 256.
+  Scales come after the dot up to 64 rows, if groups fill a lane tile. With few rows, tiles are large so that copies are
+  long, and the work between two loop edges is up to a million weights. Otherwise a visit covers one row tile, or up to
+  1024 rows where an average expert has more than 256 (keeping what was dequantized costs more than it saves before),
+  and all K-tiles of a K-step are computed without a loop, so that one is dequantized while another is multiplied.
   """
   in_order = rows <= IN_ORDER
   mean = max(1, rows // experts)
   tile = -(-rows // 16) * 16 if in_order else min(256, max(16, 1 << (2 * mean - 1).bit_length()))
   after = tile <= 64 and view.group % LANES == 0
-  row_tiles = 1 if in_order or after else max(1, min(1024, -(-rows // tile) * tile) // tile)
+  row_tiles = 4 if mean > 256 and not after and not in_order else 1
   columns = _largest(view.words.shape[2], LANES, 1024 if after else 512)
   depth = _largest(view.k_block, view.k_tile, 4096 if after else 1024)
-  unroll = _largest(depth, view.k_tile, max(view.k_tile, 2**20 // columns)) // view.k_tile if after else 1
+  unroll = _largest(depth, view.k_tile, max(view.k_tile, 2**20 // columns) if after else 1024) // view.k_tile
   return Config(rows=tile, row_tiles=row_tiles, columns=columns, depth=depth, unroll=unroll, in_order=in_order,
                 scale_after=after)
 
@@ -96,6 +98,12 @@ def supports(shape: tuple[int, int, int, int], dtypes: tuple[jnp.dtype, jnp.dtyp
   if dtypes[1] is None and IN_ORDER * shape[2] * 8 > VMEM // 2:
     return f"rows of K = {shape[2]} do not fit into vector memory"
   return None
+
+
+def prepare(q: QTensor) -> View:
+  """The view of one shard in the order of words that suits the TPU it is made on; see `tpu_view.prepare`."""
+  with _described():
+    return tpu_view.prepare(q, paired=pltpu.get_tpu_info().generation < 6)
 
 
 def forward(x: jax.Array, w: jax.Array | QTensor | View, group_sizes: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
@@ -212,6 +220,7 @@ class _Static:
   tiles: int
   groups: int
   widths: tuple[int, ...]
+  paired: bool
 
   @staticmethod
   def of(view: View) -> "_Static":
@@ -219,7 +228,7 @@ class _Static:
     widths = tuple(b for b in planar.WIDTHS if tpu_unpack.blocks(view.k_block, b) <= room)
     return _Static(
       view.blocks, view.padded, view.group, view.k_tile, view.k_block, view.words.shape[2],
-      view.grid.shape[1], view.grid.shape[2], widths)
+      view.grid.shape[1], view.grid.shape[2], widths, view.paired)
 
 
 def _kernel(*refs: Any, view: _Static, config: Config) -> None:
@@ -279,12 +288,13 @@ def _step(x: Any, words: Any, grid: Any, y: Any, *, view: _Static, config: Confi
     raw = words[pl.ds(index * blocks, blocks)]
     entry = grid[0 if view.tiles == 1 else k * tiles + index]
     if config.scale_after:
-      return tpu_tile.scaled_after(rows, raw, entry, width, view.group)
-    weight = tpu_tile.dequantized(raw, entry, width, view.group, rows.dtype)
-    for part in tpu_tile.passes(rows, weight):
-      acc[: config.rows] += part
-    if config.row_tiles > 1:
-      rest[0][pl.ds(pl.multiple_of(index * view.k_tile, view.k_tile), view.k_tile)] = weight
+      return tpu_tile.scaled_after(rows, raw, entry, width, view.group, view.paired)
+    parts = tpu_tile.dequantized(raw, entry, width, view.group, view.paired, rows.dtype)
+    for number, weight in enumerate(parts):
+      size = weight.shape[0]
+      acc[: config.rows] += tpu_tile.dot(rows[:, number * size : (number + 1) * size], weight)
+      if config.row_tiles > 1:
+        rest[0][pl.ds(pl.multiple_of(index * view.k_tile + number * size, size), size)] = weight
     return None
 
   def branch(width: int) -> Callable[[], None]:

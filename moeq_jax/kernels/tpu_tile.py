@@ -23,32 +23,30 @@ def dot(a: jax.Array, b: jax.Array) -> jax.Array:
   return jnp.dot(a, b, preferred_element_type=jnp.float32, precision=precision)
 
 
-def passes(a: jax.Array, b: jax.Array) -> list[jax.Array]:
-  """The products of `dot(a, b)` over `PASS` rows of `b` at a time, whose sum it is."""
-  return [dot(a[:, k : k + PASS], b[k : k + PASS]) for k in range(0, b.shape[0], PASS)]
-
-
-def scaled_after(rows: jax.Array, words: jax.Array, grid: jax.Array, bits: int, group: int) -> jax.Array:
+def scaled_after(
+  rows: jax.Array, words: jax.Array, grid: jax.Array, bits: int, group: int, paired: bool
+) -> jax.Array:
   """The product, scaled after each group's dot.
 
   Args:
     rows: `[rows, k_tile]` float32 or bfloat16.
-    words: `[blocks, 8, n]` uint32, see `tpu_unpack.unpack`.
+    words: `[blocks, 8, n]` uint32, see `tpu_unpack.codes`.
     grid: `[groups, n]` uint32, scale and zero (`tpu_view.View.grid`).
     bits: width.
     group: rows of K that share a scale.
+    paired: the order of the words.
 
   Returns:
     `[rows, n]` float32.
   """
-  codes = tpu_unpack.unpack(words, bits).astype(rows.dtype)
+  codes, bias = tpu_unpack.unpack(words, bits, paired).astype(rows.dtype), tpu_unpack.bias(bits, paired)
   if bits == 16:
     return dot(rows, codes)
   scale, zero = _scale_and_zero(grid)
   if rows.dtype == jnp.float32:  # x * 128 would cost a float32 sum two of its digits
-    codes -= tpu_unpack.bias(bits)
+    codes -= bias
   else:
-    zero += tpu_unpack.bias(bits)
+    zero += bias
   products = []
   for index in range(grid.shape[0]):
     part = rows[:, index * group : (index + 1) * group]
@@ -58,27 +56,37 @@ def scaled_after(rows: jax.Array, words: jax.Array, grid: jax.Array, bits: int, 
   return functools.reduce(jnp.add, products)
 
 
-def dequantized(words: jax.Array, grid: jax.Array, bits: int, group: int, dtype: jnp.dtype) -> jax.Array:
-  """`[k_tile, n]` weights in `dtype`; arguments as in `scaled_after`.
+def dequantized(
+  words: jax.Array, grid: jax.Array, bits: int, group: int, paired: bool, dtype: jnp.dtype
+) -> list[jax.Array]:
+  """Weights `[k_tile, n]` in `dtype`, cut along K into the parts that are multiplied at a time.
 
-  The arithmetic is float32, but bfloat16 where the vector unit has it (v6e and later) and `dtype` is that; codes are
-  exact there, the difference to the zero and the product are each rounded once.
+  The arithmetic is float32, but bfloat16 where the vector unit has it (v6e and later), `dtype` is that and codes are in
+  order; codes are exact there, the difference to the zero and the product are each rounded once. Arguments as in
+  `scaled_after`.
+
+  A part is converted to `dtype` last, whole: the compiler then lays it out as the matrix unit reads it (a conversion
+  piece by piece costs three more operations per register). 3 and 16 bits in pairs are best multiplied a K-tile at a
+  time, by the count of `bench kernels_tpu_static`.
   """
-  codes = tpu_unpack.unpack(words, bits)
-  if bits == 16:
-    return codes.astype(dtype)
-  short = dtype == jnp.bfloat16 and pltpu.get_tpu_info().generation >= 6
-  kind = jnp.bfloat16 if short else jnp.float32
+  pieces = tpu_unpack.codes(words, bits, paired)
+  height = pieces[0].shape[0]
+  k_tile = height * len(pieces)
+  part = k_tile if paired and bits in (3, 16) else min(PASS, k_tile)
+  short = dtype == jnp.bfloat16 and not paired and pltpu.get_tpu_info().generation >= 6
+  kind = jnp.bfloat16 if short or bits == 16 else jnp.float32
   scale, zero = _scale_and_zero(grid)
-  bias = tpu_unpack.bias(bits)
-  parts = []
-  for index in range(grid.shape[0]):
-    part = codes[index * group : (index + 1) * group].astype(kind)
-    if short and bias:
-      part -= jnp.bfloat16(bias)
-    offset = zero[index : index + 1] + (0 if short else bias)
-    parts.append(((part - offset.astype(kind)) * scale[index : index + 1].astype(kind)).astype(dtype))
-  return jnp.concatenate(parts, axis=0)
+  zero += tpu_unpack.bias(bits, paired)
+
+  def run(start: int, stop: int) -> jax.Array:
+    """Rows of one group."""
+    weight = jnp.concatenate(pieces[start // height : stop // height], axis=0).astype(kind)
+    at = slice(start // group, start // group + 1)
+    return weight if bits == 16 else (weight - zero[at].astype(kind)) * scale[at].astype(kind)
+
+  step = min(group, part)
+  return [jnp.concatenate([run(k, k + step) for k in range(at, at + part, step)], axis=0).astype(dtype)
+          for at in range(0, k_tile, part)]
 
 
 def _scale_and_zero(grid: jax.Array) -> tuple[jax.Array, jax.Array]:

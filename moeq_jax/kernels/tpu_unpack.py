@@ -1,11 +1,13 @@
-"""Packed words to bfloat16 rows inside a TPU kernel.
+"""Packed words to rows of codes inside a TPU kernel, from either order of bytes in a word (`tpu_view.py`).
 
-A field of less than 8 bits becomes a bfloat16 by placing it in the mantissa of 128: `0x4300 | code` is `128 + code`,
-exactly. Two rows are made at a time in the halves of a word, so a field costs a shift, an `and` and an `or` per pair,
-and the 128 goes where the zero goes, into a subtraction that is there anyway. (The trick is that of "Who Says Elephants
-Can't Run", Kim et al. 2022, and of Marlin, there in half precision on GPUs; TPUs have it by way of the row pairs of
-`tpu_view`.) 8-bit codes do not fit into 7 bits of mantissa and are converted; 16-bit blocks are two byte planes that
-only need to be joined.
+In order, a shift and an `and` of a word give 32 rows of int8, which the chip converts to bfloat16.
+
+In pairs, a field of less than 8 bits becomes a bfloat16 by placing it in the mantissa of 128: `0x4300 | code` is `128 +
+code`, exactly. Two rows are made at a time in the halves of a word, so a field costs a shift, an `and` and an `or` per
+pair, and the 128 goes where the zero goes, into a subtraction that is there anyway. (The trick is that of "Who Says
+Elephants Can't Run", Kim et al. 2022, and of Marlin, there in half precision on GPUs; TPUs have it by way of the row
+pairs of `tpu_view`.) 8-bit codes do not fit into 7 bits of mantissa and are converted from int16. 16-bit weights,
+always in pairs, are two byte planes that only need to be joined.
 """
 
 import jax
@@ -14,15 +16,16 @@ from jax.experimental.pallas import tpu as pltpu
 
 from moeq_jax.kernels.tpu_view import BLOCK
 
+BYTES = 0x01010101
 PAIR = 0x00010001
 ONE_HUNDRED_TWENTY_EIGHT = 0x43004300  # two bfloat16
 EVEN = 0x00FF00FF
 ODD = 0xFF00FF00
 
 
-def bias(bits: int) -> float:
-  """What `unpack` adds to every code."""
-  return 128.0 if bits < 8 else 0.0
+def bias(bits: int, paired: bool) -> float:
+  """What `codes` adds to every code."""
+  return 128.0 if paired and bits < 8 else 0.0
 
 
 def blocks(k_tile: int, bits: int) -> int:
@@ -30,20 +33,37 @@ def blocks(k_tile: int, bits: int) -> int:
   return k_tile * bits // (8 * BLOCK)
 
 
-def unpack(words: jax.Array, bits: int) -> jax.Array:
-  """One K-tile.
+def codes(words: jax.Array, bits: int, paired: bool) -> list[jax.Array]:
+  """One K-tile, in pieces of some rows each, in order.
 
   Args:
     words: `[blocks(k_tile, bits), 8, n]` uint32.
     bits: 1, 2, 3, 4, 8 or 16.
+    paired: the order of the words (`tpu_view.View.paired`).
 
   Returns:
-    `[k_tile, n]` bfloat16: codes plus `bias(bits)`, or the weights themselves at 16 bits.
+    Codes plus `bias(bits, paired)` as `[16, n]` bfloat16 or int16 or as `[32, n]` int8 or uint8, or the weights
+    themselves as `[16, n]` bfloat16 at 16 bits.
   """
   words = [words[index] for index in range(len(words))]
-  pairs = {3: _three, 8: _eight, 16: _sixteen}.get(bits)
-  pairs = _field(words, bits) if pairs is None else pairs(words)
-  return jnp.concatenate([pltpu.bitcast(pair, jnp.bfloat16) for pair in pairs], axis=0)
+  if bits == 16:
+    return [pltpu.bitcast(pair, jnp.bfloat16) for pair in _sixteen(words)]
+  if bits == 8:
+    eight = [_shift(word, half) & _u32(EVEN) for word in words for half in (0, 8)] if paired else words
+    return [pltpu.bitcast(word, jnp.int16 if paired else jnp.uint8) for word in eight]
+  if not paired:
+    fields = _three(words) if bits == 3 else _fields(words, bits, (0,), BYTES)
+    return [pltpu.bitcast(field, jnp.int8) for field in fields]
+  if bits == 3:
+    pairs = [_shift(field, half) & _u32(EVEN) for field in _three(words) for half in (0, 8)]
+  else:
+    pairs = _fields(words, bits, (0, 8), PAIR)
+  return [pltpu.bitcast(pair | _u32(ONE_HUNDRED_TWENTY_EIGHT), jnp.bfloat16) for pair in pairs]
+
+
+def unpack(words: jax.Array, bits: int, paired: bool) -> jax.Array:
+  """`[k_tile, n]` bfloat16: all pieces of `codes`, joined."""
+  return jnp.concatenate([piece.astype(jnp.bfloat16) for piece in codes(words, bits, paired)], axis=0)
 
 
 def _u32(value: int) -> jax.Array:
@@ -55,12 +75,10 @@ def _shift(word: jax.Array, by: int) -> jax.Array:
   return word if by == 0 else word >> _u32(by) if by > 0 else word << _u32(-by)
 
 
-def _field(words: list[jax.Array], bits: int) -> list[jax.Array]:
-  mask, out = _u32((2**bits - 1) * PAIR), []
-  for low in range(0, 8, bits):
-    for word in words:
-      out += [(_shift(word, low + half) & mask) | _u32(ONE_HUNDRED_TWENTY_EIGHT) for half in (0, 8)]
-  return out
+def _fields(words: list[jax.Array], bits: int, halves: tuple[int, ...], ones: int) -> list[jax.Array]:
+  """One code wherever `ones` has a one: every field of every word, from each of the `halves`."""
+  mask = _u32((2**bits - 1) * ones)
+  return [_shift(word, low + half) & mask for low in range(0, 8, bits) for word in words for half in halves]
 
 
 def _three(words: list[jax.Array]) -> list[jax.Array]:
@@ -70,18 +88,7 @@ def _three(words: list[jax.Array]) -> list[jax.Array]:
     for index in range(eighth):
       low = _shift(words[part % 2 * eighth + index], part // 2 * 2)
       high = _shift(words[2 * eighth + index], part - 2)
-      both = (low & _u32(0x03030303)) | (high & _u32(0x04040404))
-      out += [(_shift(both, half) & _u32(EVEN)) | _u32(ONE_HUNDRED_TWENTY_EIGHT) for half in (0, 8)]
-  return out
-
-
-def _eight(words: list[jax.Array]) -> list[jax.Array]:
-  """Codes below 256 are exact in bfloat16, the upper half of a float32: two of them are joined into a pair."""
-  out = []
-  for word in words:
-    for half in (0, 8):
-      low, high = (((word >> _u32(half + by)) & _u32(0xFF)).astype(jnp.int32).astype(jnp.float32) for by in (0, 16))
-      out.append(pltpu.bitcast(low, jnp.uint32) >> _u32(16) | pltpu.bitcast(high, jnp.uint32))
+      out.append((low & _u32(3 * BYTES)) | (high & _u32(4 * BYTES)))
   return out
 
 

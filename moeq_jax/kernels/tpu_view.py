@@ -1,13 +1,17 @@
-"""The TPU's own view of a QTensor: 32-bit words whose bytes become bfloat16 rows by a shift and a mask.
+"""The TPU's own view of a QTensor: 32-bit words whose bytes become rows of weights by a shift and a mask.
 
 Every 32 consecutive byte rows of the canonical buffer become one block of 8 rows of uint32, the tile `(8, 128)` of a
 TPU, so that every copy of whole blocks is aligned. Word row `r` of a block holds these byte rows of the 32:
 
-    bits     0-7       8-15      16-23        24-31
-    row      2 r       16 + 2 r  2 r + 1      16 + 2 r + 1
+    bits              0-7       8-15      16-23        24-31
+    in pairs: row     2 r       16 + 2 r  2 r + 1      16 + 2 r + 1
+    in order: row     4 r       4 r + 1   4 r + 2      4 r + 3
 
-Two of them, 16 bits apart, are the layout of a packed pair of bfloat16 rows: `word & 0x00FF00FF` bitcast to bfloat16 is
-rows 0-15 of the block in order, `(word >> 8) & 0x00FF00FF` rows 16-31, and no row ever moves to another place.
+In *pairs*, two bytes 16 bits apart are the layout of a packed pair of bfloat16 rows: `word & 0x00FF00FF` bitcast to
+bfloat16 is rows 0-15 of the block in order, `(word >> 8) & 0x00FF00FF` rows 16-31. In *order*, the word bitcast to int8
+is the 32 rows. Neither way does a row move to another place. Chips that convert int8 to bfloat16 in two operations
+(v6e) take their codes in order; v5e, which goes through float32, in pairs (`tpu_unpack.py`). 16-bit weights, two byte
+planes that become bfloat16 by joining pairs, are in pairs on every chip.
 
 A K-tile must then have whole blocks at every width: 256 rows or a multiple. Blocks with smaller tiles (K = 576 has
 tiles of 64) are packed again, K padded to a multiple of 256; and columns are padded to a multiple of 128.
@@ -34,7 +38,7 @@ LANES = 128
 @functools.partial(
   jax.tree_util.register_dataclass,
   data_fields=["words", "bits", "first", "grid"],
-  meta_fields=["K", "N", "group", "k_tile", "k_block", "k_rows", "columns"],
+  meta_fields=["K", "N", "group", "k_tile", "k_block", "k_rows", "columns", "paired"],
 )
 @dataclasses.dataclass(frozen=True)
 class View:
@@ -52,6 +56,7 @@ class View:
     k_block: rows of a K-block with padding, a multiple of `k_tile`.
     k_rows: rows of K that a K-block covers.
     columns: columns of N that a stripe covers.
+    paired: whether the words of codes are in pairs.
   """
 
   words: Any
@@ -65,6 +70,7 @@ class View:
   k_block: int
   k_rows: int
   columns: int
+  paired: bool
 
   @property
   def shape(self) -> tuple[int, int, int]:
@@ -82,8 +88,12 @@ class View:
     return self.blocks[1] * self.k_block, self.blocks[2] * self.words.shape[2]
 
 
-def prepare(q: QTensor) -> View:
+def prepare(q: QTensor, paired: bool) -> View:
   """The view of one shard; made once at load, or on the fly inside `jit` (widths and offsets stay data).
+
+  Args:
+    q: the weights.
+    paired: whether the words of codes are in pairs; `pallas_tpu.prepare` chooses what suits the chip.
 
   Raises:
     ValueError: `q` holds several shards.
@@ -98,17 +108,29 @@ def prepare(q: QTensor) -> View:
   stripe = -(-buffer.shape[1] // LANES) * LANES
   buffer = jnp.pad(buffer, ((0, -len(buffer) % BLOCK), (0, stripe - buffer.shape[1])))
   group = k_tile if q.groups == 1 else q.group
+  pairs = True if paired else _sixteen(q.bits, first, k_block, len(buffer) // BLOCK)
   return View(
-    _words(buffer), q.bits, first, _grid(q, k_block, k_tile, stripe),
-    q.K, q.N, group, k_tile, k_block, q.k_block, q.buffer.shape[2],
+    _words(buffer, pairs), q.bits, first, _grid(q, k_block, k_tile, stripe),
+    q.K, q.N, group, k_tile, k_block, q.k_block, q.buffer.shape[2], paired,
   )
 
 
-def _words(buffer: jax.Array) -> jax.Array:
-  """Bytes `[rows, stripe]` -> words `[rows / 32, 8, stripe]` in the order of this module's table."""
+def _sixteen(bits: jax.Array, first: jax.Array, k_block: int, blocks: int) -> jax.Array:
+  """`[blocks]`, which word blocks belong to 16-bit weights."""
+  start, wide = first.reshape(-1), (bits.reshape(-1) == 16).astype(jnp.int32)
+  edges = jnp.zeros(blocks + 1, jnp.int32).at[start].add(wide).at[start + 16 * k_block // (8 * BLOCK)].add(-wide)
+  return jnp.cumsum(edges)[:-1] > 0
+
+
+def _words(buffer: jax.Array, pairs: jax.Array | bool) -> jax.Array:
+  """Bytes `[rows, stripe]` -> words `[rows / 32, 8, stripe]` of this module's table; `pairs` `[rows / 32]` or True."""
   rows, stripe = buffer.shape
-  parts = buffer.reshape(rows // BLOCK, 2, 8, 2, stripe)  # block, half, word row, pair, column
-  return lax.bitcast_convert_type(parts.transpose(0, 2, 4, 3, 1).reshape(rows // BLOCK, 8, stripe, 4), jnp.uint32)
+  parts = buffer.reshape(rows // BLOCK, 2, 8, 2, stripe).transpose(0, 2, 4, 3, 1)  # from block, half, row, pair, column
+  parts = parts.reshape(rows // BLOCK, 8, stripe, 4)
+  if pairs is not True:
+    ordered = buffer.reshape(rows // BLOCK, 8, 4, stripe).swapaxes(2, 3)
+    parts = jnp.where(pairs[:, None, None, None], parts, ordered)
+  return lax.bitcast_convert_type(parts, jnp.uint32)
 
 
 def _grid(q: QTensor, k_block: int, k_tile: int, stripe: int) -> jax.Array:
@@ -132,8 +154,12 @@ def restore(view: View) -> QTensor:
   """A QTensor of the same weights, with the view's padding as rows and columns of its own: the inverse of `prepare`."""
   experts, tiles, groups, N = view.grid.shape
   K = view.padded[0]
-  raw = lax.bitcast_convert_type(view.words, jnp.uint8)  # [R, word row, stripe, 2 * pair + half]
-  raw = raw.reshape(*view.words.shape, 2, 2).transpose(0, 4, 1, 3, 2)
+  raw = lax.bitcast_convert_type(view.words, jnp.uint8)  # [R, word row, stripe, 2 * pair + half, or byte]
+  blocks, _, stripe = view.words.shape
+  ordered = raw.swapaxes(2, 3).reshape(blocks, BLOCK, stripe)
+  raw = raw.reshape(*view.words.shape, 2, 2).transpose(0, 4, 1, 3, 2).reshape(blocks, BLOCK, stripe)
+  if not view.paired:
+    raw = jnp.where(_sixteen(view.bits, view.first, view.k_block, blocks)[:, None, None], raw, ordered)
   grid = view.grid.reshape(experts, tiles * groups, N)
   words = grid >> 16, grid & 0xFFFF
   scale, zero = (lax.bitcast_convert_type(word.astype(jnp.uint16), jnp.bfloat16) for word in words)

@@ -6,7 +6,7 @@ part. Compiling proves that the kernel lowers, that its tiles fit into vector me
 
 import pytest
 
-from moeq_jax.bench import _tpu_compile, _tpu_worker
+from moeq_jax.bench import _tpu_compile, _tpu_worker, kernels_tpu_static
 from moeq_jax.kernels import shapes
 
 pytestmark = pytest.mark.skipif(_tpu_compile.missing() is not None, reason=str(_tpu_compile.missing()))
@@ -42,7 +42,13 @@ def test_float32_rows_the_view_and_the_gradient_compile(chip: str):
 
 
 def test_a_failure_of_the_compiler_is_a_result_and_not_an_end():
-  job = {"job": "tile", "way": "after", "rows": 16, "bits": 2, "k_tile": 256, "columns": 128, "group": 128}
+  job = {"job": "tile", "way": "after", "rows": 16, "bits": 2, "k_tile": 256, "columns": 128, "group": 128, "span": 1}
   wrong, right = _tpu_worker.results([{**job, "chip": "v0"}, {**job, "chip": "v5e"}])
   assert "error" in wrong
   assert right["bundles"] > 0
+
+
+def test_prefill_costs_at_most_a_tenth_more_than_bfloat16():
+  """In bundles, at row tiles of 256: visits of one, two and four of them, every width, both chips."""
+  for row in kernels_tpu_static.run()["results"]:
+    assert max(row["prefill_ratios"].values()) <= kernels_tpu_static.BOUND, row

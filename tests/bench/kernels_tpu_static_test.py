@@ -35,8 +35,8 @@ def test_ratios_are_those_of_the_counts(monkeypatch, capsys):
   assert [(r["chip"], r["bits"]) for r in result["results"]] == [(c, b) for c in ("v5e", "v6e") for b in qtensor.WIDTHS]
   four = result["results"][3]
   assert (four["few_rows_bundles"], four["few_rows_bfloat16"]) == (120, 25)
-  assert four["prefill_ratio_one_row_tile"] == 1.3
-  assert four["prefill_ratio_reused"] == (140 + 3 * 100) / 400
+  assert (four["prefill_bundles"], four["prefill_bfloat16"]) == (65, 50)
+  assert four["prefill_ratios"] == {"256": 1.3, "512": (140 + 100) / 200, "1024": (140 + 3 * 100) / 400}
   assert four["copy_cycles"] == pytest.approx(512 * 512 * (4 + 0.25) / 8 / 0.819e12 * 1.5e9)
   assert "estimates" in capsys.readouterr().out
 

@@ -1,7 +1,7 @@
 """The Hopper back-end in Pallas' interpreter, on an abstract H100, with race detection; nothing here is a GPU.
 
 One interpreted launch takes about 20 s on two cores, so each test here covers several things. The whole shared suite
-runs with `MOEQ_HOPPER_CONFORMANCE=1` (a quarter of an hour).
+runs with `-m thorough` (most of an hour).
 """
 
 import functools
@@ -33,13 +33,14 @@ interpreted = pytest.mark.skipif(not IN_CHILD, reason="runs in the process that 
 
 
 @pytest.mark.skipif(IN_CHILD, reason="is the parent")
-def test_interpreted_launches():
+@pytest.mark.parametrize("marked", ["not thorough", pytest.param("thorough", marks=pytest.mark.thorough)])
+def test_interpreted_launches(marked: str):
   """XLA's pool has one thread per core: callbacks of warpgroups that wait for each other would block all of it."""
   flags = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
   environment = {**os.environ, "MOEQ_HOPPER_CHILD": "1", "JAX_PLATFORMS": "cpu", "NPROC": "16",
                  "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}"}
-  command = [sys.executable, "-m", "pytest", __file__, "-k", "interpreted", "-p", "no:cacheprovider"]
-  child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500)
+  command = [sys.executable, "-m", "pytest", __file__, "-k", "interpreted", "-m", marked, "-p", "no:cacheprovider"]
+  child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=4 * 3600)
   assert child.returncode == 0, child.stdout[-4000:] + child.stderr[-2000:]
 
 
@@ -72,7 +73,7 @@ def _run(x: np.ndarray, w, sizes: np.ndarray) -> np.ndarray:
 
 
 @interpreted
-@pytest.mark.skipif("MOEQ_HOPPER_CONFORMANCE" not in os.environ, reason="takes a quarter of an hour: see above")
+@pytest.mark.thorough
 @pytest.mark.usefixtures("interpreter")
 class TestInterpretedHopper(conformance.Conformance):
   backend = "pallas_gpu"
@@ -132,19 +133,20 @@ def test_the_order_of_copies_is_the_order_of_reads(bits: int):
 
 @pytest.mark.usefixtures("outside_a_kernel")
 @pytest.mark.parametrize("bits", qtensor.WIDTHS)
-@pytest.mark.parametrize(("K", "group"), [(512, 128), (256, 32), (768, 32), (64, 0)])
-def test_units_are_the_weights(bits: int, K: int, group: int):
-  made = conformance.packed(bits, (1, K, 128), group=group)
+@pytest.mark.parametrize(("K", "group", "blocks"), [
+  (512, 128, 1), (256, 32, 1), (768, 32, 1), (64, 0, 1), (96, 32, 3), (48, 0, 3)])
+def test_units_are_the_weights(bits: int, K: int, group: int, blocks: int):
+  made = conformance.packed(np.full((1, blocks, 1), bits), (1, K, 128), group=group)
   w = gpu_view.prepare(made.q)
   x = gpu_view.rows_view(jnp.asarray(np.eye(K, dtype=np.float32)), w)
   total = np.zeros((K, 128))
-  for step in range(w.block_steps):
-    planes = {i: w.chunks[0, i * w.fragments + step % w.fragments + step // w.fragments * bits * w.fragments]
-              for i in range(bits)}
+  for block, step in np.ndindex(blocks, w.block_steps):
+    origin = int(w.first[0, block, 0]) + step % w.fragments + step // w.fragments * bits * w.fragments
+    planes = {i: w.chunks[0, origin + i * w.fragments] for i in range(bits)}
     for unit in [unit for index in range(bits) for unit in gpu_unpack.units(bits, index, {
         k: v for k, v in planes.items() if k in [gpu_unpack.plane(bits, i) for i in range(index + 1)]})]:
       code = np.asarray(unit.operand, np.float64) * unit.multiplier + unit.offset
-      total += np.asarray(x[step, unit.eighth], np.float64) @ code.T
+      total += np.asarray(x[block * w.block_steps + step, unit.eighth], np.float64) @ code.T
   wanted = made.codes[0] if bits < 16 else made.values[0]
   np.testing.assert_array_equal(total, wanted)
 

@@ -60,9 +60,11 @@ def _jitted(config: pallas_tpu.Config, device: jax.sharding.AbstractDevice) -> A
   return jax.jit(run, compiler_options=QUICK)
 
 
-def _run(x: np.ndarray, q: Any, sizes: np.ndarray, config: pallas_tpu.Config) -> jax.Array:
+def _run(
+  x: np.ndarray, q: Any, sizes: np.ndarray, config: pallas_tpu.Config, paired: bool = True
+) -> jax.Array:
   run = _jitted(config, pallas_tpu.INTERPRETED_DEVICE)
-  return run(x, tpu_view.prepare(q), jnp.asarray(sizes, jnp.int32))
+  return run(x, tpu_view.prepare(q, paired), jnp.asarray(sizes, jnp.int32))
 
 
 CONFIGS = {
@@ -77,23 +79,28 @@ CONFIGS = {
 ROUTED = (0, 43, 0, 0, 1, 0, 0), (1, 1, 1, 1, 1, 1, 38), (3, 17, 0, 1, 16, 2, 5)
 
 
-@pytest.mark.parametrize("name", ["in_order", "reused", *(pytest.param(name, marks=pytest.mark.thorough) for name in (
-    "in_order_before", "aligned", "unrolled", "looped", "reused_looped"))])
-def test_every_way_takes_every_width(name: str):
-  _check_routings(CONFIGS[name], np.float32, 1e-5)
+QUICK_WAYS = ("in_order", True), ("reused", False)
+
+
+@pytest.mark.parametrize(("name", "paired"), [
+  pytest.param(name, paired, marks=[] if (name, paired) in QUICK_WAYS else pytest.mark.thorough)
+  for name in CONFIGS for paired in (True, False)])
+def test_every_way_takes_every_width(name: str, paired: bool):
+  _check_routings(CONFIGS[name], np.float32, 1e-5, paired)
 
 
 @pytest.mark.thorough
+@pytest.mark.parametrize("paired", [True, False])
 @pytest.mark.parametrize(("name", "bound"), [("in_order", 1e-5), ("unrolled", 1e-5), ("reused_looped", 1e-2)])
-def test_bfloat16_rows(name: str, bound: float):
-  _check_routings(CONFIGS[name], ml_dtypes.bfloat16, bound)
+def test_bfloat16_rows(name: str, bound: float, paired: bool):
+  _check_routings(CONFIGS[name], ml_dtypes.bfloat16, bound, paired)
 
 
-def _check_routings(config: pallas_tpu.Config, dtype: Any, bound: float) -> None:
+def _check_routings(config: pallas_tpu.Config, dtype: Any, bound: float, paired: bool) -> None:
   made = conformance.packed((*EVERY, 3), (7, 1280, 256), group=128)
   x = conformance.rows(44, 1280, dtype)
   for sizes in ROUTED:
-    y = _run(x, made.q, np.array(sizes, np.int32), config)
+    y = _run(x, made.q, np.array(sizes, np.int32), config, paired)
     assert conformance.difference(y, conformance.expected(x, made.values, sizes)) < bound
 
 
@@ -124,20 +131,22 @@ def test_the_vector_unit_of_v6e_rounds_twice_and_stays_below_the_bound(monkeypat
   made = conformance.packed(EVERY, (6, 256, 128), group=128)
   sizes = np.array([1, 2, 3, 4, 5, 6], np.int32)
   x = conformance.rows(21, 256, ml_dtypes.bfloat16)
-  ways = [_run(x, made.q, sizes, _config(depth=256, scale_after=after)) for after in (True, False)]
+  ways = [_run(x, made.q, sizes, _config(depth=256, scale_after=after), paired=False) for after in (True, False)]
   wanted = conformance.expected(x, made.values, sizes)
   assert conformance.difference(ways[0], wanted) < 1e-5
   assert 1e-4 < conformance.difference(ways[1], wanted) < 1e-2
 
 
+@pytest.mark.parametrize("paired", [True, False])
 @pytest.mark.parametrize(
   ("shape", "group", "blocks"),
   [((6, 512, 256), 128, (1, 1)), ((6, 576, 96), 64, (1, 1)), ((3, 500, 50), 32, (2, 3)), ((6, 96, 33), 32, (1, 1)),
-   ((4, 1408, 64), 128, (1, 1))])
-def test_the_view_holds_the_same_codes(shape: tuple[int, int, int], group: int, blocks: tuple[int, int]):
+   ((4, 1408, 64), 128, (1, 1)), ((2, 96, 40), 32, (3, 2))])
+def test_the_view_holds_the_same_codes(
+    shape: tuple[int, int, int], group: int, blocks: tuple[int, int], paired: bool):
   bits = np.random.default_rng(7).choice(EVERY[:5], (shape[0], *blocks))
   made = conformance.packed(bits, shape, group=group, capacity=20_000)
-  view = tpu_view.prepare(made.q)
+  view = tpu_view.prepare(made.q, paired)
   assert view.k_tile % tpu_view.SMALLEST_TILE == 0
   np.testing.assert_array_equal(_codes(view), made.codes)
 
@@ -148,7 +157,10 @@ def _codes(view: tpu_view.View) -> np.ndarray:
   halves = np.stack([words >> 8 * byte & 0xFF for byte in range(4)], axis=2).astype(np.uint8)  # [R, 8, byte, stripe]
   raw = np.empty((len(words), 32, words.shape[2]), np.uint8)
   for byte, start in enumerate((0, 16, 1, 17)):
-    raw[:, start : start + 16 : 2] = halves[:, :, byte]
+    if view.paired:
+      raw[:, start : start + 16 : 2] = halves[:, :, byte]
+    else:
+      raw[:, byte::4] = halves[:, :, byte]
   raw = raw.reshape(-1, words.shape[2])
   (experts, k_blocks, stripes), out = view.blocks, []
   for e, k, n in np.ndindex(experts, k_blocks, stripes):
@@ -163,12 +175,18 @@ def _codes(view: tpu_view.View) -> np.ndarray:
   return out.transpose(0, 1, 3, 2, 4).reshape(experts, k_blocks * view.k_rows, -1)[:, : view.K, : view.N]
 
 
-@pytest.mark.parametrize(("shape", "group", "blocks"), [((6, 512, 256), 128, (1, 1)), ((3, 500, 50), 32, (2, 3))])
-def test_forward_and_backward_take_the_view(shape: tuple[int, int, int], group: int, blocks: tuple[int, int]):
+@pytest.mark.parametrize(("shape", "group", "blocks", "chip"), [
+  ((6, 512, 256), 128, (1, 1), "TPU v5e"), ((3, 500, 50), 32, (2, 3), "TPU v6e"), ((2, 576, 96), 64, (1, 2), "TPU v6e"),
+  ((2, 1408, 64), 128, (2, 1), "TPU v5e")])
+def test_forward_and_backward_take_the_view_of_each_chip(
+    monkeypatch, shape: tuple[int, int, int], group: int, blocks: tuple[int, int], chip: str):
+  """With K-blocks, N-stripes, and sizes that the view pads; float32 rows, so that both chips are exact."""
+  monkeypatch.setattr(pallas_tpu, "INTERPRETED_DEVICE", jax.sharding.AbstractDevice(chip, 1, "tpu"))
   bits = np.random.default_rng(9).choice(EVERY, (shape[0], *blocks))
   made = conformance.packed(bits, shape, group=group)
-  view = jax.jit(tpu_view.prepare)(made.q)
+  view = jax.jit(pallas_tpu.prepare)(made.q)
   assert view.shape == shape
+  assert view.paired == (chip == "TPU v5e")
   sizes = np.array([20, *[0] * (shape[0] - 2), 10], np.int32)
   x, dy = conformance.rows(30, shape[1]), conformance.rows(30, shape[2], seed=2)
   forward = jax.jit(lambda x, w: pallas_tpu.forward(x, w, sizes, jnp.float32), compiler_options=QUICK)
@@ -178,12 +196,13 @@ def test_forward_and_backward_take_the_view(shape: tuple[int, int, int], group: 
   assert conformance.difference(dx, conformance.expected(dy, made.values.swapaxes(1, 2), sizes)) < 1e-5
 
 
+@pytest.mark.parametrize("paired", [True, False])
 @pytest.mark.parametrize("bits", qtensor.WIDTHS)
-def test_the_view_has_the_bytes_of_the_buffer(bits: int):
+def test_the_view_has_the_bytes_of_the_buffer(bits: int, paired: bool):
   for name in ("mixtral-8x7b", "switch-base-64", "qwen3-30b-a3b", "moeq-small"):
     for _, K, N in shapes.LAYERS[name].matmuls().values():
       q = _tpu_compile.abstract((2, K, N), bits)
-      view = jax.eval_shape(tpu_view.prepare, q)
+      view = jax.eval_shape(functools.partial(tpu_view.prepare, paired=paired), q)
       assert view.words.size * 4 == q.buffer.size == 2 * K * N * bits // 8
       assert view.grid.size * 4 == 2 * (q.scale.size + q.zero.size)
 
@@ -192,7 +211,7 @@ def test_the_view_has_the_bytes_of_the_buffer(bits: int):
 @pytest.mark.parametrize("name", shapes.LAYERS)
 def test_tiles_fit(name: str, rows: int):
   for shape in shapes.LAYERS[name].matmuls().values():
-    view = jax.eval_shape(tpu_view.prepare, _tpu_compile.abstract(shape, 3))
+    view = jax.eval_shape(pallas_tpu.prepare, _tpu_compile.abstract(shape, 3))
     config = pallas_tpu.heuristic(rows, shape[0], view)
     assert view.words.shape[2] % config.columns == 0
     assert view.k_block % config.depth == 0 == config.depth % (view.k_tile * config.unroll)
@@ -214,7 +233,7 @@ def test_a_visited_weight_is_copied_once_and_nothing_else(monkeypatch):
   monkeypatch.setattr(interpreter.DMA, "execute_read", counted)
   made = conformance.packed((*EVERY, 2, 2), (8, 512, 512), group=128)
   sizes = np.array([2, 0, 1, 3, 0, 1, 0, 1], np.int32)
-  view = tpu_view.prepare(made.q)
+  view = tpu_view.prepare(made.q, paired=True)
   config = dataclasses.replace(pallas_tpu.heuristic(8, 8, view), columns=128, depth=512)
   x = conformance.rows(8, 512)
   y = _run(x, made.q, sizes, config)
@@ -240,7 +259,7 @@ def test_what_is_refused_is_refused_with_a_reason(monkeypatch):
   {"rows": 8}, {"columns": 100}, {"columns": 512}, {"depth": 128}, {"depth": 1024}, {"unroll": 2}, {"row_tiles": 2},
   {"in_order": True, "rows": 16}])
 def test_tiles_that_do_not_fit_are_refused(changes: dict[str, Any]):
-  view = tpu_view.prepare(conformance.packed(2, (2, 512, 256), group=128).q)
+  view = pallas_tpu.prepare(conformance.packed(2, (2, 512, 256), group=128).q)
   with pytest.raises(ValueError, match="K-tile 512"):
     pallas_tpu.matmul(jnp.ones((20, 512)), view, jnp.array([9, 11]), jnp.float32, _config(**changes))
 
@@ -248,4 +267,4 @@ def test_tiles_that_do_not_fit_are_refused(changes: dict[str, Any]):
 def test_several_shards_have_no_view():
   q = conformance.packed(2, (2, 256, 128)).q
   with pytest.raises(ValueError, match="holds 2"):
-    tpu_view.prepare(dataclasses.replace(q, buffer=np.concatenate([q.buffer, q.buffer]), axis="n"))
+    pallas_tpu.prepare(dataclasses.replace(q, buffer=np.concatenate([q.buffer, q.buffer]), axis="n"))
