@@ -63,12 +63,15 @@ def inputs(count: int, size: int, seed: int = 0) -> np.ndarray:
 @pytest.mark.parametrize("field", ["weight", "output", "fisher", "norm"])
 @pytest.mark.parametrize("spec", SPECS)
 def test_errors_equal_those_of_a_layer_at_once(spec: str, field: str):
+  # Moments are summed in another order. At one bit a weight that lies between two levels may then change its code, and
+  # GPTQ hands that on: which one it is depends on the processor.
+  rtol = 2e-2 if codecs.get(spec).needs_moment else 2e-3
   table = getattr(tiny.encoded(spec)[1], field)
   for place in np.ndindex(LAYERS, EXPERTS):
     ours = errors(spec, *place)[field]
     assert ours.shape == table[place].shape and ours.dtype == np.float64
     if place != tiny.UNROUTED:
-      np.testing.assert_allclose(ours, table[place], rtol=2e-3, err_msg=f"layer, expert {place}")
+      np.testing.assert_allclose(ours, table[place], rtol=rtol, err_msg=f"layer, expert {place}")
 
 
 @pytest.mark.parametrize("spec", SPECS)

@@ -8,12 +8,12 @@ import pytest
 from moeq_jax import registry
 from moeq_jax.theory import measures, two_layer
 
-SMALL = "dim=64, tokens=6, neurons=8, batch=64, init=0.02"
+SMALL = {"dim": 64, "tokens": 6, "neurons": 8, "batch": 64, "init": 0.02}
 
 
 def _setting(design: str = "B", **options) -> two_layer.Setting:
   """A small setting whose router scores are no ties."""
-  return two_layer.Setting.parse(f"{design}({', '.join([SMALL, *(f'{k}={v}' for k, v in options.items())])})")
+  return two_layer.Setting.parse(f"{design}({', '.join(f'{k}={v}' for k, v in (SMALL | options).items())})")
 
 
 def _model(setting: two_layer.Setting, scale: float = 1.0) -> tuple[two_layer.Params, two_layer.Batch]:
