@@ -15,7 +15,7 @@ import optax
 
 from moeq_jax import artifacts, checkpoint, progress
 
-LossFn = Callable[[Any, jax.Array], tuple[jax.Array, dict]]
+LossFn = Callable[[Any, Any], tuple[jax.Array, dict]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,7 @@ class Schedule:
     peak, end: learning rates.
     weight_decay: decoupled, on matrices only (one-dimensional parameters are norms).
     clip: largest global gradient norm.
+    decay: steps until the rate reaches `end`; None: all of them. With a longer decay, training ends early.
   """
 
   steps: int
@@ -37,10 +38,11 @@ class Schedule:
   weight_decay: float = 0.1
   b2: float = 0.98
   clip: float = 1.0
+  decay: int | None = None
 
   def rate(self) -> optax.Schedule:
     """The learning rate as a function of the step."""
-    return optax.warmup_cosine_decay_schedule(0.0, self.peak, self.warmup, self.steps, self.end)
+    return optax.warmup_cosine_decay_schedule(0.0, self.peak, self.warmup, self.decay or self.steps, self.end)
 
   def optimizer(self) -> optax.GradientTransformation:
     """The optax transformation."""
@@ -66,14 +68,15 @@ def _read_log(path: Path, until: int) -> list[dict]:
   return [row for row in rows if row["step"] <= until]
 
 
-def fit(params: Any, loss_fn: LossFn, batch: Callable[[int], np.ndarray], schedule: Schedule, workdir: Path, *,
+def fit(params: Any, loss_fn: LossFn, batch: Callable[[int], Any], schedule: Schedule, workdir: Path, *,
         watch: Callable[[Any], dict[str, Any]], log_every: int = 20, save_every: int = 100) -> Any:
   """Trains `params` and returns them; started again with the same arguments, continues after the last checkpoint.
 
   Args:
     params: initial parameters (a pytree of float arrays); given up, as their memory is used for the next ones.
     loss_fn: `(params, batch) -> (loss, metrics)`; metrics hold `loss` in nats per token.
-    batch: step -> tokens `[B, S]` int32; a pure function, so that a resumed run sees the same batches.
+    batch: step -> tokens `[B, S]` int32, or a dictionary of such arrays; a pure function, so that a resumed run sees
+      the same batches.
     schedule: optimizer and length.
     workdir: receives `checkpoints/` and `log.jsonl` (one row each `log_every` steps).
     watch: JSON-able values of the parameters to log (router norms).
@@ -93,12 +96,13 @@ def fit(params: Any, loss_fn: LossFn, batch: Callable[[int], np.ndarray], schedu
     window, began, tokens = [], time.monotonic(), 0
     with progress.bar("train", schedule.steps, start) as advance:
       for step in range(start + 1, schedule.steps + 1):
-        tokens_now = batch(step)
-        params, opt_state, metrics = step_fn(params, opt_state, jnp.asarray(tokens_now))
+        arrays = batch(step)
+        params, opt_state, metrics = step_fn(params, opt_state, jax.tree.map(jnp.asarray, arrays))
         window.append(metrics)
-        tokens += tokens_now.size
+        tokens_now = sum(array.size for array in jax.tree.leaves(arrays))
+        tokens += tokens_now
         if step % log_every == 0 or step == schedule.steps:
-          row = {"step": step, "tokens": step * tokens_now.size, "rate": float(rate(step))}
+          row = {"step": step, "tokens": step * tokens_now, "rate": float(rate(step))}
           row |= _mean(window) | watch(params)
           _check(row, step - len(window) + 1)
           log.append(row)
