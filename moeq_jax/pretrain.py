@@ -26,15 +26,17 @@ def _tokenizer(config: ml_collections.ConfigDict, workdir: Path) -> tokenizers.T
   return tokenizers.Tokenizer.from_file(str(path))
 
 
-def _streams(config: ml_collections.ConfigDict, workdir: Path, tokenizer: tokenizers.Tokenizer) -> dict[str, Any]:
-  """The training tokens, kept in `tokens.npz` because reading and encoding takes a minute."""
+def token_streams(config: ml_collections.ConfigDict, workdir: Path, tokenizer: tokenizers.Tokenizer,
+                  end: int | None = None) -> dict[str, Any]:
+  """The training tokens, with the token `end` after each document (by default the tokenizer's end of text); kept in
+  `tokens.npz` because reading and encoding takes a minute."""
   path = workdir / "tokens.npz"
   key = artifacts.key("tokens", data.VERSION, list(config.mixture), {"tokenizer": artifacts.digest(tokenizer.to_str())})
   if path.exists():
     arrays, meta = artifacts.load_arrays(path)
     if meta["key"] == key:
       return {k: data.TokenStream(v.astype(np.int32), meta["bytes"][k]) for k, v in arrays.items()}
-  streams = data.encode((d for d in data.training() if d.domain in config.mixture), tokenizer)
+  streams = data.encode((d for d in data.training() if d.domain in config.mixture), tokenizer, end)
   width = np.min_scalar_type(tokenizer.get_vocab_size() - 1)
   compact = {k: s.tokens.astype(width) for k, s in streams.items()}
   artifacts.save_arrays(path, compact, {"key": key, "bytes": {k: s.bytes for k, s in streams.items()}})
@@ -67,7 +69,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> None:
   run continues after its last checkpoint and ends with the same files.
   """
   tokenizer = _tokenizer(config, workdir)
-  streams = _streams(config, workdir, tokenizer)
+  streams = token_streams(config, workdir, tokenizer)
   model_config = hf_config.read(dict(config.model, model_type="mixtral"))
   dtype = jnp.dtype(config.compute_dtype)
   model = decoder.init(model_config, config.seed)

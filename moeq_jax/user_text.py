@@ -124,7 +124,8 @@ def _length(purpose: str, asked: int, model: Any) -> int:
   return min(asked, positions)
 
 
-def corrupted(rows: np.ndarray, model: switch.SwitchConfig, first: int, seed: Sequence[int]) -> dict[str, np.ndarray]:
+def corrupted(rows: np.ndarray, model: switch.SwitchConfig, first: int, seed: Sequence[int],
+              density: float = 0.15) -> dict[str, np.ndarray]:
   """Sequences `[B, S]` as a batch of an encoder-decoder: spans are taken out, and both sides end with the end of text.
 
   Args:
@@ -132,10 +133,11 @@ def corrupted(rows: np.ndarray, model: switch.SwitchConfig, first: int, seed: Se
     model: names the end of text and the padding.
     first: the sentinel of the first span; the others count down from it.
     seed: of the spans.
+    density: share of the tokens that is taken out.
   """
   rng, end = np.random.default_rng(seed), model.eos_token_id
   end = end if isinstance(end, int) else end[0]
-  pairs = [span_corruption.span_corruption(row, sentinel_first=first, rng=rng) for row in rows]
+  pairs = [span_corruption.span_corruption(row, sentinel_first=first, density=density, rng=rng) for row in rows]
   ended = ([[*side.tolist(), end] for side in sides] for sides in zip(*pairs))
   return switch.batch(*ended, model)
 

@@ -116,13 +116,13 @@ def test_kept_tokens_are_used_again_unless_the_mixture_or_the_tokenizer_changed(
   monkeypatch.setattr(data, "training", lambda: reads.append(1) or read())
   alone = config()
   alone.mixture = ml_collections.ConfigDict({"wiki": 1.0})
-  fresh = pretrain._streams(config(), tmp_path, tokenizer)
-  kept = pretrain._streams(config(), tmp_path, tokenizer)
+  fresh = pretrain.token_streams(config(), tmp_path, tokenizer)
+  kept = pretrain.token_streams(config(), tmp_path, tokenizer)
   assert len(reads) == 1
   for domain, stream in fresh.items():
     assert kept[domain].tokens.dtype == stream.tokens.dtype == np.int32
     np.testing.assert_array_equal(kept[domain].tokens, stream.tokens)
     assert kept[domain].bytes == stream.bytes
-  assert pretrain._streams(alone, tmp_path, tokenizer).keys() == {"wiki"}
-  assert len(pretrain._streams(alone, tmp_path, other)["wiki"].tokens) > len(fresh["wiki"].tokens)
+  assert pretrain.token_streams(alone, tmp_path, tokenizer).keys() == {"wiki"}
+  assert len(pretrain.token_streams(alone, tmp_path, other)["wiki"].tokens) > len(fresh["wiki"].tokens)
   assert len(reads) == 3

@@ -225,6 +225,27 @@ def build(config: SwitchConfig, dtype: jnp.dtype, seed: int = 0) -> Switch:
   return Switch(config, dtype=dtype, rngs=nnx.Rngs(seed))
 
 
+def init(config: SwitchConfig, seed: int) -> Switch:
+  """A Switch Transformer with random float32 parameters, to be trained with Adam.
+
+  T5's own values suit Adafactor, whose steps are relative to the size of a parameter. Adam's are absolute: a large
+  embedding learns slowly, and position biases that begin near zero, the only positions there are, take a thousand steps
+  to matter. So embedding and output begin small, position biases large, and what is written to the streams small.
+  """
+  model = build(config, jnp.float32, seed)
+  scale = lambda parameter, factor: parameter.set_value(factor * parameter.get_value())
+  scale(model.top.embedding, 0.3)
+  scale(model.top.encoder_bias, 1.5 * config.d_model**0.5)
+  scale(model.top.decoder_bias, 1.5 * config.d_model**0.5)
+  if not config.tie_word_embeddings:
+    scale(model.top.output, 0.02)
+  for block in model.blocks:
+    written = [block.attention.o, (block.moe if hasattr(block, "moe") else block.mlp).down]
+    for parameter in written + ([block.cross.o] if block.stack == "decoder" else []):
+      scale(parameter, 0.3)
+  return model
+
+
 def batch(inputs: list[list[int]], targets: list[list[int]], config: SwitchConfig) -> dict[str, np.ndarray]:
   """Texts of several lengths as one batch, filled up on the right.
 
@@ -250,6 +271,47 @@ def losses(logits: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
   label = jnp.arange(logits.shape[-1])[None, None] == targets[..., None]
   picked = jnp.sum(jnp.where(label, logits, 0.0), axis=-1)
   return jnp.where(targets < 0, 0.0, jax.nn.logsumexp(logits, axis=-1) - picked)
+
+
+def training_loss(model: Switch, batch: Mapping[str, jax.Array], *, balance: float, z: float, dtype: jnp.dtype,
+                  capacity: str = "sequence") -> tuple[jax.Array, dict]:
+  """Mean loss of a target, plus the two losses of the routers, which are means over the MoE layers (at least one).
+
+  Args:
+    model: float32 parameters.
+    batch: as `batch` makes it.
+    balance: weight of the load-balancing loss (Switch Transformer, eq. 4), 0.01 there.
+    z: weight of the router z-loss, the mean square of the log-sum-exp of a token's logits (ST-MoE, arXiv 2202.08906,
+      eq. 5), 0.001 there.
+    dtype: of the activations.
+    capacity: the mode, one of `CAPACITY`.
+
+  Returns:
+    The loss, and `{"loss": nats per target, "balance": mean balancing loss, "z": mean z-loss, "load": [L, E] share of
+    the tokens, "dropped": [L] share of the tokens beyond the capacity}`. Padding counts in none of them.
+  """
+  state, routers = model.top.embed(batch, dtype), []
+  for block in model.blocks:
+    state, routing = block(state, capacity)
+    if routing is not None:
+      routers.append(_router_losses(routing, state[f"{block.stack}_mask"].reshape(-1) > 0))
+  loss = jnp.sum(losses(model.top.logits(state["decoder"]), batch)) / jnp.sum(batch["targets"] >= 0)
+  metrics = {name: jnp.stack([layer[name] for layer in routers]) for name in routers[0]}
+  metrics |= {name: jnp.mean(metrics[name]) for name in ("balance", "z")}
+  return loss + balance * metrics["balance"] + z * metrics["z"], {"loss": loss, **metrics}
+
+
+def _router_losses(routing: moe.Routing, real: jax.Array) -> dict[str, jax.Array]:
+  """The losses and shares of one MoE layer; `real` `[T]` bool is false at padding."""
+  experts, tokens = routing.logits.shape[-1], jnp.sum(real)
+  mean = lambda values: jnp.sum(jnp.where(real.reshape(-1, *[1] * (values.ndim - 1)), values, 0.0), axis=0) / tokens
+  load = mean(jax.nn.one_hot(routing.experts[:, 0], experts))
+  return {
+      "balance": experts * jnp.sum(load * mean(jax.nn.softmax(routing.logits, axis=-1))),
+      "z": mean(jax.nn.logsumexp(routing.logits, axis=-1) ** 2),
+      "load": load,
+      "dropped": mean((routing.weights[:, 0] == 0).astype(jnp.float32)),
+  }
 
 
 @dataclasses.dataclass(frozen=True)
