@@ -40,7 +40,7 @@ def _replaced(functions: Any, block: Any, expert: jax.Array, weights: Mapping[st
   return functions.block(functions.with_experts(block, experts), state)[0]
 
 
-def measure(functions: Any, top: Any, blocks: Sequence[Any], batches: Sequence[np.ndarray], *, bits: int,
+def measure(functions: Any, top: Any, blocks: Sequence[Any], batches: Sequence[Any], *, bits: int,
             dequantized: Callable[[int, int], Mapping[str, np.ndarray]],
             advance: Callable[..., None] = lambda **_: None) -> Damage:
   """Quantizes one expert at a time and measures the held-out loss.
@@ -48,12 +48,13 @@ def measure(functions: Any, top: Any, blocks: Sequence[Any], batches: Sequence[n
   Args:
     functions: the model's functions.
     top, blocks: full-precision parameters.
-    batches: held-out tokens `[B, S]` int32, all of one shape.
+    batches: held-out tokens `[B, S]` int32 (or what else the functions embed), all of one shape. Padded targets count
+      as tokens with a loss of 0.
     bits: the width that `dequantized` stands for.
     dequantized: `(layer, expert) -> {projection: [K, N]}`, that expert after quantization; MoE layers only are counted.
     advance: called after each expert.
   """
-  batches = [jnp.asarray(tokens) for tokens in batches]
+  batches = [jax.tree.map(jnp.asarray, batch) for batch in batches]
   places = steps.sparse(functions, blocks)
 
   def through(states: list[Any], start: int, stop: int) -> list[Any]:
@@ -78,4 +79,5 @@ def measure(functions: Any, top: Any, blocks: Sequence[Any], batches: Sequence[n
       mean[layer, expert] = difference.mean()
       stderr[layer, expert] = difference.std(ddof=1) / np.sqrt(len(difference))
       advance(note=f"layer {layer}, expert {expert}: {mean[layer, expert]:+.4f} nats")
-  return Damage(mean, stderr, bits, sum(int(t.shape[0] * (t.shape[1] - 1)) for t in batches))
+  predicted = lambda state, batch: jax.eval_shape(functions.losses, functions.head(top, state), batch).size
+  return Damage(mean, stderr, bits, sum(predicted(*end) for end in zip(current, batches, strict=True)))
