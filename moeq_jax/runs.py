@@ -71,9 +71,28 @@ def _experiment(config: config_dict.ConfigDict, workdir: Path) -> None:
   module.run(config, workdir)
 
 
+def _switch_pretrain(config: config_dict.ConfigDict, workdir: Path) -> None:
+  from moeq_jax import switch_training
+
+  switch_training.pretrain_run(config, workdir)
+
+
+def _switch_finetune(config: config_dict.ConfigDict, workdir: Path) -> None:
+  from moeq_jax import switch_training
+
+  switch_training.finetune_run(config, workdir)
+
+
+def _switch_track(config: config_dict.ConfigDict, workdir: Path) -> None:
+  from moeq_jax.switch_track import task
+
+  task.run(config, workdir)
+
+
 # What `config.task` may name.
 TASKS: dict[str, Callable[[config_dict.ConfigDict, Path], None]] = {
-    "pretrain": _pretrain, "compare": _compare, "quantize": _quantize, "theory": _theory, "experiment": _experiment}
+    "pretrain": _pretrain, "compare": _compare, "quantize": _quantize, "theory": _theory, "experiment": _experiment,
+    "switch_pretrain": _switch_pretrain, "switch_finetune": _switch_finetune, "switch_track": _switch_track}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

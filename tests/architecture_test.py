@@ -24,7 +24,7 @@ LAYERS = {
     3: ("train", "calibrate", "encode", "scores", "allocate", "assemble", "evaluate", "export", "theory"),
     4: ("pipeline", "workspace", "report", "pretrain", "runs", "main", "bench", "quantize", "language_model",
         "inspection", "evaluation", "upcycling", "user_text", "options",
-        "theory_run"),
+        "theory_run", "pairs", "switch_training", "switch_track"),
 }
 LAYER = {name: layer for layer, names in LAYERS.items() for name in names}
 MEET_EACH_OTHER = (0, 4)  # the values, and the spine
