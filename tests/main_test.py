@@ -208,7 +208,10 @@ def test_an_interrupted_run_says_how_to_go_on(
 def test_every_task_reaches_its_function(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
   called = []
   for name, module, function in (("pretrain", "moeq_jax.pretrain", "run"), ("compare", "moeq_jax.pipeline", "compare"),
-                                 ("quantize", "moeq_jax.quantize.task", "run"), ("theory", "moeq_jax.theory_run", "run")):
+                                 ("quantize", "moeq_jax.quantize.task", "run"), ("theory", "moeq_jax.theory_run", "run"),
+                                 ("switch_pretrain", "moeq_jax.switch_training", "pretrain_run"),
+                                 ("switch_finetune", "moeq_jax.switch_training", "finetune_run"),
+                                 ("switch_track", "moeq_jax.switch_track.task", "run")):
     monkeypatch.setattr(importlib.import_module(module), function,
                         lambda *given, name=name: called.append((name, *given)))
   tasks = {name: task for name, task in runs.TASKS.items() if name != "experiment"}  # its function is the config's own

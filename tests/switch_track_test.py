@@ -73,7 +73,8 @@ def test_every_method_has_its_rows(workdir: Path):
   found = rows(workdir)
   kinds = sorted(((row["family"], row["budget"], row["draw"]) for row in found.values()), key=str)
   assert kinds == sorted([("full", None, None), ("uniform", 2.0, None), ("knapsack", 2.0, None),
-                          ("knapsack", 2.5, None), ("tiers", 2.5, None), *(("random", 2.5, draw) for draw in range(3))], key=str)
+                          ("knapsack", 2.5, None), ("tiers", 2.5, None),
+                          *(("random", 2.5, draw) for draw in range(3))], key=str)
   assert all(len(row["config_hash"]) == 64 for row in found.values())
 
 
