@@ -151,8 +151,9 @@ def loss(model, rows, balance=0.3, z=0.2):
 
 def test_padding_changes_neither_loss_nor_gradient():
   model = tiny_switch.model()
-  (bare, metrics), grads = jax.value_and_grad(loss, has_aux=True)(model, batch(0))
-  (padded, padded_metrics), padded_grads = jax.value_and_grad(loss, has_aux=True)(model, batch(5))
+  gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
+  (bare, metrics), grads = gradient(model, batch(0))
+  (padded, padded_metrics), padded_grads = gradient(model, batch(5))
   np.testing.assert_allclose(bare, padded, rtol=2e-5)
   for name in metrics:
     np.testing.assert_allclose(metrics[name], padded_metrics[name], rtol=2e-5, atol=1e-6, err_msg=name)
