@@ -47,9 +47,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
 
 def sweep(add) -> None:
-  """All orders with measured damage, other budgets, and each factor alone."""
-  add({"methods": ORDERS, "damage.sequences": 12})
-  add({"methods": ("uniform", RULE, REVERSE, *THREE), "budgets": (1.75, 2.0)})
+  """All orders at three budgets with measured damage, and each factor alone."""
+  add({"methods": ORDERS, "budgets": (1.75, 2.0, 2.5), "damage.sequences": 12})
   add({"codec": "gptq(group=128)"})
   add({"router_bits": 4})
   add({"sequential": True})
