@@ -1,6 +1,6 @@
 """Which claims of arXiv 2604.06515 about Mixtral hold in small models that differ from each other?
 
-Claims under test: experts whose router norm changed little need the bits (so that the rule beats its own reverse, random
+Claims under test: experts whose router norm changed little need the bits (so that the rule beats its reverse, random
 orders and uniform widths at the same budget); MaxVar finds those that the norm misses; three levels and the paper's
 counts are better than two, or than the code's; and all this does not hang on the group, on a quantized router, on
 sequential calibration or on the calibration windows. One factor at a time is changed from a base: GPTQ, group 64, two

@@ -108,7 +108,8 @@ def over_sets(folder: Path, model: str) -> dict[str, tuple[float, float, int]]:
     if name == model and factor(config).split("=")[0] in ("base", "calibration_set"):
       for method, draws in losses(place).get(2.5, {}).items():
         sets.setdefault(method, []).append(np.mean(draws, axis=0))
-  return {other: (*paired(sets[RULE], sets[other]), len(sets[other])) for other in (REVERSE, "uniform") if other in sets}
+  others = [other for other in (REVERSE, "uniform") if other in sets]
+  return {other: (*paired(sets[RULE], sets[other]), len(sets[other])) for other in others}
 
 
 def write(path: Path, rows: Sequence[results.Row]) -> None:
@@ -155,8 +156,8 @@ def tables(rows: Sequence[results.Row], ranked: Sequence[results.Row], differenc
   """The tables of the text, as Markdown."""
   signed = lambda x, half: f"{x:+.4f} ± {half:.4f}"
   lines = ["| model | factor | bits | minus | nats per token |", "|---|---|---|---|---|"]
-  lines += [f"| {d['model']} | {d['factor']} | {d['budget']:g} | {d['against']} | {signed(d['difference'], d['ci95'])} |"
-            for d in differences]
+  lines += [f"| {d['model']} | {d['factor']} | {d['budget']:g} | {d['against']} |"
+            f" {signed(d['difference'], d['ci95'])} |" for d in differences]
   lines += ["", "| model | score | inside | layers above 0 | over all |", "|---|---|---|---|---|"]
   lines += [f"| {r['model']} | {r['score']} | {r['inside']:+.2f} ± {r['inside_ci95']:.2f} |"
             f" {r['layers_positive']} of {r['layers']} | {r['over_all']:+.2f} |" for r in ranked]

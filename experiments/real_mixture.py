@@ -47,7 +47,7 @@ def random_routers(subject: workspace.Subject, seed: int) -> workspace.Subject:
 
 
 def measure(subject: workspace.Subject, batches: Sequence[np.ndarray]) -> dict[str, float]:
-  """Mean cosine over layers, the loss, and how much more random routing loses: mean, and 95% interval over sequences."""
+  """Mean cosine over layers, the loss, and how much more random routing loses (mean, 95% interval over sequences)."""
   losses = lambda model: perplexity.reference(model.functions, model.top, model.blocks, batches).loss
   own = losses(subject)
   drawn = np.mean([losses(random_routers(subject, seed)) for seed in range(DRAWS)], axis=0)

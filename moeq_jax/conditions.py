@@ -1,8 +1,8 @@
 """Under which conditions plans are measured beside the usual ones, two that arXiv 2604.06515's code has:
 
   config.router_bits=4      routers are quantized, too (after scores and plans were made from them)
-  config.sequential=True    each layer is calibrated on the quantized layers before it; the codes then belong to one plan,
-                            so every plan is encoded anew, where the pipeline otherwise encodes once for all
+  config.sequential=True    each layer is calibrated on the quantized layers before it; the codes then belong to one
+                            plan, so every plan is encoded anew, where the pipeline otherwise encodes once for all
 
 A config without these fields has neither.
 """
