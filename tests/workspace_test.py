@@ -220,7 +220,8 @@ def test_the_digest_sees_tokens_and_purposes(streams):
     ({"damage.sequences": 3}, "config.damage.sequences=3.*do not fill batches of 4"),
     ({"domains": ("wiki",), "batch": 1, "evaluation": 1}, "evaluation=1.*at least two sequences"),
     ({"calibration_set": 12}, "1000 tokens of calibration text, 6 sequences of 16 in each of 13 sets"),
-    ({"calibration_set": -1}, "config.calibration_set=-1"), ({"batch": 0}, "config.batch=0"), ({"length": 1}, "config.length=1"),
+    ({"calibration_set": -1}, "config.calibration_set=-1"), ({"batch": 0}, "config.batch=0"),
+    ({"length": 1}, "config.length=1"),
 ])
 def test_mistakes_about_text_are_named(streams, changes: dict, said: str):
   with pytest.raises(ValueError, match=said):
