@@ -47,10 +47,11 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
 
 def sweep(add) -> None:
-  """All orders at three budgets with measured damage, and each factor alone."""
-  add({"methods": ORDERS, "budgets": (1.75, 2.0, 2.5), "damage.sequences": 12})
-  add({"codec": "gptq(group=128)"})
+  """All orders with measured damage, each factor alone, and other budgets; what says most comes first."""
+  add({"methods": ORDERS, "damage.sequences": 12})
   add({"router_bits": 4})
-  add({"sequential": True})
   for number in (1, 2):
     add({"calibration_set": number})
+  add({"sequential": True})
+  add({"codec": "gptq(group=128)"})
+  add({"methods": ("uniform", RULE, REVERSE, *THREE), "budgets": (1.75, 2.0)})

@@ -17,7 +17,7 @@ def test_every_point_changes_one_factor_and_passes_the_checks():
   for settings in points.values():
     pipeline.check(runs.load_config(CONFIG, settings))
   factors = [mixtral_track_summary.factor(config) for config in configs]
-  assert sorted(factors) == ["base", "calibration_set=1", "calibration_set=2", "codec=gptq(group=128)",
+  assert sorted(factors) == ["base", "base", "calibration_set=1", "calibration_set=2", "codec=gptq(group=128)",
                              "router_bits=4", "sequential=True"]
   assert all({mixtral_track.RULE, mixtral_track.REVERSE, "uniform"} <= set(config["methods"]) for config in configs)
 
