@@ -1,12 +1,12 @@
-"""Pre-trains moeq-experts64, a model of many small experts, evenly used: what moeq-small is not.
+"""Pre-trains moeq-experts64, a model of many small experts, for comparison with moeq-small.
 
 Command:   ./launch.sh run --config=configs/pretrain_experts64.py --workdir=runs/pretrain_experts64
 Hardware:  2 CPU cores, 4 GiB
-Expected:  about half an hour; held-out losses in experiments/models/moeq-experts64/README.md
+Expected:  experiments/models/moeq-experts64/README.md
 A killed run continues with the same command. `:smoke` shrinks it to a minute.
 
-Four layers of 64 experts 64 wide, top-2. Balancing is five times as strong as in moeq-small, and the prose domains have
-three tenths of the text instead of a fifth. The text and the vocabulary are the same.
+Four layers of 64 experts 64 wide, top-2. The balancing loss weighs five times as much as in moeq-small, and the prose
+domains have three tenths of the text instead of a fifth. The text and the vocabulary are the same.
 """
 
 import ml_collections
