@@ -15,15 +15,17 @@ from typing import Any
 
 import numpy as np
 from matplotlib import figure
+from scipy import stats
 
 from experiments import mixtral_track
-from moeq_jax import artifacts, results
+from moeq_jax import artifacts, registry, results
 from moeq_jax.report import damage as damage_lib
 from moeq_jax.report import figures
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = {"codec": "gptq(group=64)", "router_bits": 16, "sequential": False, "calibration_set": 0}
 RULE, REVERSE = mixtral_track.RULE, mixtral_track.REVERSE
+OTHERS = (REVERSE, "random", "uniform", "tiers(router_norm_change, zeta=0)", *mixtral_track.THREE, "tiers(frequency)")
 COLOURS = ("#00507d", "#c24e00", "#009e73", "#a3417a")
 
 Losses = dict[str, list[np.ndarray]]
@@ -62,6 +64,11 @@ def paired(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> tuple[fl
   return float(difference.mean()), float(1.96 * difference.std(ddof=1) / np.sqrt(len(difference)))
 
 
+def _few(count: int) -> float:
+  """Half of a 95% interval of a mean of few values, in standard errors (Student's t)."""
+  return float(stats.t.ppf(0.975, count - 1))
+
+
 def ranks(model: str, place: Path) -> list[results.Row]:
   """For every score, its rank correlation with measured damage inside layers: mean over layers, and 95% interval.
 
@@ -78,11 +85,18 @@ def ranks(model: str, place: Path) -> list[results.Row]:
     layers = np.array([value for value in agreed.layers if value is not None])
     found.append({
         "id": f"{model}/{name}", "model": model, "score": name, "inside": agreed.inside, "over_all": agreed.over_all,
-        "inside_ci95": float(1.96 * layers.std(ddof=1) / np.sqrt(len(layers))), "layers": len(layers),
+        "inside_ci95": float(_few(len(layers)) * layers.std(ddof=1) / np.sqrt(len(layers))), "layers": len(layers),
         "layers_positive": int((layers > 0).sum()), "damage_bits": damage.bits, "damage_tokens": damage.tokens,
         "damage_noise_share": damage.noise_share(), "chance": damage_lib.chance(damage),
     })
   return found
+
+
+def parts(config: Mapping[str, Any]) -> dict[str, np.ndarray]:
+  """Which of the evaluated sequences are of each domain, and `all` of them, `[n]` bool each."""
+  domains = sorted(config["domains"])
+  of = np.repeat(domains, config["evaluation"])
+  return {"all": np.ones(len(of), bool)} | {domain: of == domain for domain in domains}
 
 
 def collect(folder: Path) -> tuple[list[results.Row], list[results.Row], list[dict[str, Any]]]:
@@ -93,11 +107,12 @@ def collect(folder: Path) -> tuple[list[results.Row], list[results.Row], list[di
     rows += [row | told | {"id": f"{model}/{place.name}/{row['id']}"} for row in results.read(place / "rows.jsonl")]
     ranked += ranks(model, place)
     for budget, by_method in losses(place).items():
-      for other in (REVERSE, "random", "uniform"):
-        if RULE in by_method and other in by_method:
-          mean, half = paired(by_method[RULE], by_method[other])
+      for other in [other for other in OTHERS if RULE in by_method and registry.canonical(other) in by_method]:
+        ours, theirs = by_method[RULE], by_method[registry.canonical(other)]
+        for domain, own in parts(config).items():
+          mean, half = paired([loss[own] for loss in ours], [loss[own] for loss in theirs])
           differences.append({"model": model, "factor": factor(config), "budget": budget, "against": other,
-                              "difference": mean, "ci95": half})
+                              "domain": domain, "difference": mean, "ci95": half})
   return rows, ranked, differences
 
 
@@ -128,7 +143,7 @@ def picture(ranked: Sequence[results.Row], differences: Sequence[Mapping[str, An
     _dots(left, models, colour, [(row["model"], row["score"], row["inside"], row["inside_ci95"]) for row in ranked])
     left.set_title("Rank correlation with measured damage, inside layers")
     left.set_xlabel("Spearman's ρ, mean over layers with 95% interval")
-    kept = [d for d in differences if d["against"] == REVERSE]
+    kept = [d for d in differences if d["against"] == REVERSE and d["domain"] == "all"]
     name = lambda d: d["factor"] if d["budget"] == 2.5 else f"{d['budget']:g} bits"
     _dots(right, models, colour, [(d["model"], name(d), d["difference"], d["ci95"]) for d in kept])
     right.set_title("Loss of the paper's order minus its reverse")
@@ -155,8 +170,8 @@ def tables(rows: Sequence[results.Row], ranked: Sequence[results.Row], differenc
            folder: Path) -> str:
   """The tables of the text, as Markdown."""
   signed = lambda x, half: f"{x:+.4f} ± {half:.4f}"
-  lines = ["| model | factor | bits | minus | nats per token |", "|---|---|---|---|---|"]
-  lines += [f"| {d['model']} | {d['factor']} | {d['budget']:g} | {d['against']} |"
+  lines = ["| model | factor | bits | minus | domain | nats per token |", "|---|---|---|---|---|---|"]
+  lines += [f"| {d['model']} | {d['factor']} | {d['budget']:g} | {d['against']} | {d['domain']} |"
             f" {signed(d['difference'], d['ci95'])} |" for d in differences]
   lines += ["", "| model | score | inside | layers above 0 | over all |", "|---|---|---|---|---|"]
   lines += [f"| {r['model']} | {r['score']} | {r['inside']:+.2f} ± {r['inside_ci95']:.2f} |"

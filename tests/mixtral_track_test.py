@@ -25,7 +25,7 @@ def test_every_point_changes_one_factor_and_passes_the_checks():
 def fake(folder: Path, model: str, point: str, changes: dict, rule: float, *, damage: bool = False) -> None:
   """A finished run whose rule loses `rule` nats more than its reverse on every sequence."""
   place = folder / model / point
-  config = runs.plain(runs.load_config(CONFIG)) | changes
+  config = runs.plain(runs.load_config(CONFIG)) | {"domains": ["wiki", "code"], "evaluation": 2} | changes
   artifacts.write_json(place / "config.json", config)
   base = np.array([3.0, 4.0, 5.0, 6.5])
   values = {"full": (None, base), "uniform": (2.5, base + 0.5), mixtral_track.REVERSE: (2.5, base + 0.1),
@@ -55,12 +55,18 @@ def folder(tmp_path: Path) -> Path:
 def test_differences_are_the_rule_minus_the_other(folder: Path, capsys: pytest.CaptureFixture):
   rows, _, differences = mixtral_track_summary.collect(folder)
   assert "unfinished: not finished" in capsys.readouterr().err
-  found = {(d["factor"], d["against"]): (d["difference"], d["ci95"]) for d in differences}
+  found = {(d["factor"], d["against"]): (d["difference"], d["ci95"]) for d in differences if d["domain"] == "all"}
   assert found["base", mixtral_track.REVERSE] == pytest.approx((0.2, 0), abs=1e-9)
   assert found["router_bits=4", mixtral_track.REVERSE] == pytest.approx((0.3, 0), abs=1e-9)
   assert found["base", "uniform"] == pytest.approx((-0.2, 0), abs=1e-9)
   assert len({row["id"] for row in rows}) == len(rows) == 12
   assert {row["router_bits"] for row in rows if row["factor"] == "router_bits=4"} == {4}
+
+
+def test_domains_are_told_apart():
+  parts = mixtral_track_summary.parts({"domains": ["wiki", "code"], "evaluation": 2})
+  assert {name: which.tolist() for name, which in parts.items()} == {
+      "all": [True] * 4, "code": [True, True, False, False], "wiki": [False, False, True, True]}
 
 
 def test_calibration_sets_are_averaged_and_other_factors_are_not(folder: Path):
@@ -82,7 +88,7 @@ def test_everything_is_written(folder: Path, tmp_path: Path, monkeypatch: pytest
   monkeypatch.setattr(mixtral_track_summary, "ROOT", tmp_path / "out")
   mixtral_track_summary.main(folder)
   printed = capsys.readouterr().out
-  assert f"| m | base | 2.5 | {mixtral_track.REVERSE} | +0.2000 ± 0.0000 |" in printed
+  assert f"| m | base | 2.5 | {mixtral_track.REVERSE} | all | +0.2000 ± 0.0000 |" in printed
   ids = [row["id"] for row in results.read(tmp_path / "out/experiments/results/mixtral_track.jsonl")]
   assert ids == sorted(ids) and len(ids) == 12
   assert (tmp_path / "out/docs/figures/mixtral-track.png").read_bytes()[:4] == b"\x89PNG"
