@@ -147,8 +147,8 @@ def picture(ranked: Sequence[results.Row], differences: Sequence[Mapping[str, An
     name = lambda d: d["factor"] if d["budget"] == 2.5 else f"{d['budget']:g} bits"
     _dots(right, models, colour, [(d["model"], name(d), d["difference"], d["ci95"]) for d in kept])
     right.set_title("Loss of the paper's order minus its reverse")
-    right.set_xlabel("nats per token, paired over sequences, 95% interval (left of 0: the rule is right)")
-    left.legend(loc="lower right")
+    right.set_xlabel("nats per token, 95% interval (above 0: against the rule)")
+    right.legend(loc="lower right")
   return fig
 
 
