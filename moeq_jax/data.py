@@ -231,16 +231,25 @@ class TokenStream:
   tokens: np.ndarray
   bytes: int
 
-  def sequences(self, count: int, length: int) -> np.ndarray:
+  def sequences(self, count: int, length: int, number: int = 0) -> np.ndarray:
     """`count` evenly spread, non-overlapping windows, `[count, length]` int32.
+
+    Args:
+      count: windows.
+      length: tokens of each.
+      number: which of several such sets, no two of which share a token.
 
     Raises:
       DataError: the stream is too short.
     """
-    if len(self.tokens) < count * length:
-      raise DataError(f"{count} sequences of {length} tokens asked for, but the text has {len(self.tokens)} tokens")
+    sets = number + 1
+    if len(self.tokens) < count * length * sets:
+      several = f" in each of {sets} sets" if number else ""
+      raise DataError(f"{count} sequences of {length} tokens asked for{several}, but the text has {len(self.tokens)}"
+                      " tokens")
     stride = len(self.tokens) // count
-    return np.stack([self.tokens[i * stride : i * stride + length] for i in range(count)])
+    starts = np.arange(count) * stride + number * length
+    return np.stack([self.tokens[start : start + length] for start in starts])
 
 
 def encode(documents: Iterable[Document], tokenizer: tokenizers.Tokenizer,

@@ -15,7 +15,8 @@ import ml_collections
 import numpy as np
 from rich import console as rich_console
 
-from moeq_jax import artifacts, codecs, progress, registry, report, results, runs, scores, steps, workspace
+from moeq_jax import (
+    artifacts, codecs, conditions, progress, registry, report, results, runs, scores, steps, workspace)
 from moeq_jax.allocate import methods
 from moeq_jax.assemble import apply
 from moeq_jax.calibrate import statistics
@@ -188,12 +189,14 @@ def measure(run: workspace.Workdir, subject: workspace.Subject, text: workspace.
   results.append(losses_path, _losses_row(wanted[0], against.loss))
   results.append(path, full_row(subject, text, against.loss) | stamp)
   uniform: dict[float, list[np.ndarray]] = {}
+  served = conditions.served(subject, config)
   with progress.bar("evaluate plans", len(found)) as advance:
     for candidate, row_stamp in zip(found, wanted[1:], strict=True):
       plan, name = candidate.plan, candidate.file_name()
       row, loss = done.get(name), results.numbered(seen.get(name, {}), "sequence_")
       if row is None or name not in seen:
-        row, loss = evaluate(subject, text, layers, codec, candidate, against, tuple(config.widths))
+        own, widths = conditions.codes(served, text.calibration, codec, plan.bits, layers, config)
+        row, loss = evaluate(served, text, own, codec, candidate, against, widths)
         baseline = [] if candidate.family == "uniform" else uniform.get(plan.budget, [])
         results.append(losses_path, _losses_row(row_stamp, loss))
         results.append(path, row | against_uniform(loss, baseline) | stamp)
@@ -317,6 +320,7 @@ def check(config: ml_collections.ConfigDict) -> None:
   if not all(isinstance(entry, tuple | list) and len(entry) == 2 for entry in config.export):
     raise ValueError(f"config.export={config.export}: pairs of a method and a budget, for example (('uniform', 2.0),)")
   codecs.get(config.codec).check_widths(config.widths)
+  conditions.check(config)
   methods.check(config.methods, config.budgets, tuple(config.widths))
   named = score_names(config)
   scores.check(named)

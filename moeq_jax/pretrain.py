@@ -1,8 +1,12 @@
-"""The pre-training run: text, tokenizer, training, export. Part of the spine: it knows models and stages alike."""
+"""The training run: text, tokenizer, training, export. Part of the spine: it knows models and stages alike.
+
+It begins with random weights, or goes on with a checkpoint that the config names.
+"""
 
 import functools
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +16,37 @@ import ml_collections
 import numpy as np
 import tokenizers
 
-from moeq_jax import artifacts, data
+from moeq_jax import artifacts, data, registry
 from moeq_jax.models import convert, decoder, hf_config
 from moeq_jax.train import loop
 
 
-def _tokenizer(config: ml_collections.ConfigDict, workdir: Path) -> tokenizers.Tokenizer:
+# What `config.text` may name, functions of `data`: all of the training text, or the part of it that is read in seconds.
+TEXTS = ("training", "calibration")
+
+
+def _documents(config: ml_collections.ConfigDict) -> Iterator[data.Document]:
+  name = config.get("text", "training")
+  if name not in TEXTS:
+    raise ValueError(f"config.text={name!r}{registry.did_you_mean(name, TEXTS)}: it is one of {', '.join(TEXTS)}")
+  return (d for d in getattr(data, name)() if d.domain in config.mixture)
+
+
+def _text_key(config: ml_collections.ConfigDict) -> dict[str, str]:
+  """What the text's name adds to the key of its tokens; nothing for all of it."""
+  name = config.get("text", "training")
+  return {} if name == "training" else {"text": name}
+
+
+def _tokenizer(config: ml_collections.ConfigDict, workdir: Path, source: Path | None) -> tokenizers.Tokenizer:
+  """That of the checkpoint to go on with, else one trained on the text; kept in `tokenizer.json`."""
   path = workdir / "tokenizer.json"
+  if source is not None and not path.exists():
+    if not (source / "tokenizer.json").is_file():
+      raise convert.CheckpointError(f"{source / 'tokenizer.json'}: not found; copy it beside config.json")
+    artifacts.write_bytes(path, (source / "tokenizer.json").read_bytes())
   if not path.exists():
-    documents = [d for d in data.training() if d.domain in config.mixture]
+    documents = list(_documents(config))
     tokenizer = data.train_tokenizer(documents, config.model.vocab_size)
     artifacts.write_bytes(path, tokenizer.to_str(pretty=True).encode())
   return tokenizers.Tokenizer.from_file(str(path))
@@ -31,12 +57,13 @@ def token_streams(config: ml_collections.ConfigDict, workdir: Path, tokenizer: t
   """The training tokens, with the token `end` after each document (by default the tokenizer's end of text); kept in
   `tokens.npz` because reading and encoding takes a minute."""
   path = workdir / "tokens.npz"
-  key = artifacts.key("tokens", data.VERSION, list(config.mixture), {"tokenizer": artifacts.digest(tokenizer.to_str())})
+  key = artifacts.key("tokens", data.VERSION, list(config.mixture),
+                      {"tokenizer": artifacts.digest(tokenizer.to_str())} | _text_key(config))
   if path.exists():
     arrays, meta = artifacts.load_arrays(path)
     if meta["key"] == key:
       return {k: data.TokenStream(v.astype(np.int32), meta["bytes"][k]) for k, v in arrays.items()}
-  streams = data.encode((d for d in data.training() if d.domain in config.mixture), tokenizer, end)
+  streams = data.encode(_documents(config), tokenizer, end)
   width = np.min_scalar_type(tokenizer.get_vocab_size() - 1)
   compact = {k: s.tokens.astype(width) for k, s in streams.items()}
   artifacts.save_arrays(path, compact, {"key": key, "bytes": {k: s.bytes for k, s in streams.items()}})
@@ -61,18 +88,33 @@ def held_out_losses(model: decoder.Decoder, streams: dict[str, data.TokenStream]
   return result
 
 
+def _start(config: ml_collections.ConfigDict, source: Path | None) -> tuple[decoder.Decoder, decoder.DecoderConfig]:
+  """The model before training, float32: random, or read from the checkpoint `source`."""
+  if source is None:
+    model_config = hf_config.read(dict(config.model, model_type="mixtral"))
+    return decoder.init(model_config, config.seed), model_config
+  model, model_config = convert.load(source)
+  if model_config.family != "mixtral":
+    raise convert.CheckpointError(f"{source}: is of family {model_config.family}; training goes on with a checkpoint of"
+                                  " family mixtral, such as `upcycle` writes")
+  return model, model_config
+
+
 def run(config: ml_collections.ConfigDict, workdir: Path) -> None:
-  """Trains a model from random weights and writes it to `workdir/model` in Hugging Face's Mixtral format.
+  """Trains a model and writes it to `workdir/model` in Hugging Face's Mixtral format.
+
+  It begins with random weights of the sizes `config.model`, or, where `config.checkpoint` names a directory, with the
+  checkpoint there, whose tokenizer, sizes and special tokens it keeps.
 
   `workdir/model` receives config.json, model.safetensors (bfloat16), tokenizer.json, router_init.safetensors (the
   routers before training, float32), training_log.jsonl and held_out.json. Killed at any moment and started again, the
   run continues after its last checkpoint and ends with the same files.
   """
-  tokenizer = _tokenizer(config, workdir)
+  source = Path(config.checkpoint) if config.get("checkpoint") else None
+  model, model_config = _start(config, source)
+  tokenizer = _tokenizer(config, workdir, source)
   streams = token_streams(config, workdir, tokenizer)
-  model_config = hf_config.read(dict(config.model, model_type="mixtral"))
   dtype = jnp.dtype(config.compute_dtype)
-  model = decoder.init(model_config, config.seed)
   out = workdir / "model"
   convert.save_routers(out / "router_init.safetensors", convert.routers(model))
   schedule = loop.Schedule(steps=config.steps, warmup=config.warmup, peak=config.peak_rate, end=config.end_rate,
@@ -88,6 +130,8 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> None:
       save_every=config.save_every,
   )
   convert.save(out, model, model_config)
+  if source is not None:  # what training does not know stays: the tokens that begin and end a text
+    artifacts.write_json(out / "config.json", convert.read_config(source)[1] | {"dtype": "bfloat16"})
   artifacts.write_bytes(out / "tokenizer.json", (workdir / "tokenizer.json").read_bytes())
   artifacts.write_bytes(out / "training_log.jsonl", (workdir / "log.jsonl").read_bytes())
   shipped, _ = convert.load(out)

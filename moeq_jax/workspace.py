@@ -158,6 +158,8 @@ def check_text(config: ml_collections.ConfigDict) -> None:
     raise ValueError(f"config.domains={tuple(config.domains)}: at least one domain, each once")
   counts = {"calibration": config.calibration, "evaluation": config.evaluation}
   counts["damage.sequences"] = config.damage.sequences
+  if (number := config.get("calibration_set", 0)) < 0:
+    raise ValueError(f"config.calibration_set={number}: which set of calibration windows, from 0 on")
   if config.batch < 1 or config.length < 2:
     raise ValueError(f"config.batch={config.batch}, config.length={config.length}: at least 1 sequence of 2 tokens")
   for name, count in counts.items():
@@ -170,13 +172,14 @@ def check_text(config: ml_collections.ConfigDict) -> None:
 
 
 def _windows(streams: Mapping[str, data.TokenStream], domains: Sequence[str], count: int, length: int,
-             purpose: str) -> dict[str, np.ndarray]:
+             purpose: str, number: int = 0) -> dict[str, np.ndarray]:
   for domain in domains:
     have = len(streams[domain].tokens) if domain in streams else 0
-    if have < count * length:
-      raise data.DataError(f"domain {domain!r} has {have} tokens of {purpose} text, {count} sequences of {length} are"
-                           " asked for: lower config.length or the number of sequences")
-  return {domain: streams[domain].sequences(count, length) for domain in domains}
+    if have < count * length * (number + 1):
+      sets = f" in each of {number + 1} sets" if number else ""
+      raise data.DataError(f"domain {domain!r} has {have} tokens of {purpose} text, {count} sequences of {length}{sets}"
+                           " are asked for: lower config.length or the number of sequences")
+  return {domain: streams[domain].sequences(count, length, number) for domain in domains}
 
 
 def _batches(windows: Mapping[str, np.ndarray], size: int) -> list[np.ndarray]:
@@ -187,6 +190,8 @@ def _batches(windows: Mapping[str, np.ndarray], size: int) -> list[np.ndarray]:
 def read_text(config: ml_collections.ConfigDict, tokenizer: tokenizers.Tokenizer) -> Text:
   """Reads calibration text (training side) and held-out text, equal shares of every domain.
 
+  `config.calibration_set`, 0 if it is not there, chooses one of several disjoint sets of calibration windows.
+
   Raises:
     ValueError: see `check_text`; or a domain has too little text (`data.DataError`, names it).
   """
@@ -195,7 +200,7 @@ def read_text(config: ml_collections.ConfigDict, tokenizer: tokenizers.Tokenizer
   chosen = lambda documents: [d for d in documents if d.domain in domains]
   training = data.encode(data.thin(chosen(data.calibration()), 24 * length * config.calibration), tokenizer)
   held_out = data.encode(chosen(data.held_out()), tokenizer)
-  calibration = _windows(training, domains, config.calibration, length, "calibration")
+  calibration = _windows(training, domains, config.calibration, length, "calibration", config.get("calibration_set", 0))
   both = _windows(held_out, domains, config.evaluation + config.damage.sequences, length, "held-out")
   evaluation, damage = _split(both, config.evaluation)
   text = [_batches(windows, config.batch) for windows in (calibration, damage, evaluation)]

@@ -226,6 +226,18 @@ def test_windows_do_not_overlap_and_are_spread(count: int, length: int, spare: i
   assert windows[-1, -1] >= len(stream.tokens) - length - spare % count - len(stream.tokens) // count
 
 
+@given(st.integers(1, 6), st.integers(1, 9), st.integers(1, 4), st.integers(0, 30))
+def test_sets_of_windows_share_no_token(count: int, length: int, sets: int, spare: int):
+  stream = data.TokenStream(np.arange(count * length * sets + spare, dtype=np.int32), 0)
+  windows = [stream.sequences(count, length, number) for number in range(sets)]
+  assert len(np.unique(windows)) == count * length * sets
+  np.testing.assert_array_equal(windows[0], stream.sequences(count, length))
+  needed = count * length * (sets + 1)
+  if len(stream.tokens) < needed:
+    with pytest.raises(data.DataError, match=f"in each of {sets + 1} sets"):
+      stream.sequences(count, length, sets)
+
+
 def test_a_stream_that_is_too_short_is_refused():
   with pytest.raises(data.DataError, match="3 sequences of 4 tokens asked for, but the text has 11 tokens"):
     data.TokenStream(np.zeros(11, np.int32), 0).sequences(3, 4)

@@ -1,6 +1,7 @@
 """Pre-training end to end on a sample of the text: what it leaves behind, and that a stopped run ends the same."""
 
 import json
+import shutil
 from pathlib import Path
 
 import ml_collections
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from configs import pretrain_small
+from configs import pretrain_small, train_split
 from moeq_jax import data, pretrain
 from moeq_jax.models import convert
 
@@ -32,6 +33,7 @@ def sample():
     few = [d for i, d in enumerate(data.articles()) if i % 100 == 0 or (data.is_held_out(d.name) and i % 10 == 0)]
     patch.setattr(data, "articles", lambda: iter(few))
     patch.setattr(data, "TRAIN_PACKAGES", {})
+    patch.setattr(data, "CALIBRATION_PACKAGES", ())
     patch.setattr(data, "HELD_OUT_PACKAGES", {})
     yield few
 
@@ -126,3 +128,45 @@ def test_kept_tokens_are_used_again_unless_the_mixture_or_the_tokenizer_changed(
   assert pretrain.token_streams(alone, tmp_path, tokenizer).keys() == {"wiki"}
   assert len(pretrain.token_streams(alone, tmp_path, other)["wiki"].tokens) > len(fresh["wiki"].tokens)
   assert len(reads) == 3
+
+
+@pytest.fixture(scope="module")
+def continued(sample: list[data.Document], workdir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+  """A run that goes on with the model of another one, which says how texts begin and end."""
+  del sample
+  source = tmp_path_factory.mktemp("source") / "model"
+  shutil.copytree(workdir / "model", source)
+  values = json.loads((source / "config.json").read_text()) | {"bos_token_id": 1, "eos_token_id": 0}
+  (source / "config.json").write_text(json.dumps(values))
+  place = tmp_path_factory.mktemp("continued")
+  pretrain.run(going_on(source), place)
+  return place
+
+
+def going_on(source: Path) -> ml_collections.ConfigDict:
+  """The smoke config of continued training, smaller still."""
+  made = train_split.get_config("smoke")
+  made.update(checkpoint=str(source), steps=2, batch=2, peak_rate=1e-6, end_rate=1e-6)
+  made.mixture = ml_collections.ConfigDict({"wiki": 1.0})
+  return made
+
+
+def test_training_goes_on_with_a_checkpoint_its_tokenizer_and_its_special_tokens(workdir: Path, continued: Path):
+  before, after = convert.load(workdir / "model")[0], convert.load(continued / "model")[0]
+  start = convert.load_routers(continued / "model" / "router_init.safetensors", (1, 4, 32))
+  np.testing.assert_array_equal(start, convert.routers(before))
+  for (name, old), new in zip(convert.named_leaves(before).items(), convert.named_leaves(after).values(), strict=True):
+    assert float(np.abs(np.asarray(old) - np.asarray(new)).max()) < 1e-2, name  # two steps of 1e-6, and bfloat16
+  assert (continued / "model" / "tokenizer.json").read_bytes() == (workdir / "tokenizer.json").read_bytes()
+  values = json.loads((continued / "model" / "config.json").read_text())
+  assert (values["bos_token_id"], values["eos_token_id"], values["dtype"]) == (1, 0, "bfloat16")
+
+
+def test_a_checkpoint_without_tokenizer_or_an_unknown_text_is_refused(workdir: Path, tmp_path: Path):
+  shutil.copytree(workdir / "model", tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer.json"))
+  with pytest.raises(convert.CheckpointError, match="tokenizer.json: not found"):
+    pretrain.run(going_on(tmp_path / "bare"), tmp_path / "run")
+  wrong = going_on(workdir / "model")
+  wrong.text = "calibraton"
+  with pytest.raises(ValueError, match="did you mean 'calibration'"):
+    pretrain.run(wrong, tmp_path / "other")

@@ -148,7 +148,10 @@ def test_a_tokenizer_that_does_not_fit_is_refused(checkpoint: Path):
 def config(**changes) -> ml_collections.ConfigDict:
   made = ml_collections.ConfigDict(dict(domains=("wiki", "code"), length=16, batch=4, calibration=6, evaluation=4,
                                         damage=dict(sequences=2, bits=2)))
+  made.update(calibration_set=0)
   made.update_from_flattened_dict(changes)
+  if "calibration_set" not in changes:  # as in configs that know nothing of it
+    del made.calibration_set
   return made
 
 
@@ -175,6 +178,15 @@ def test_windows_of_different_purposes_share_no_token(streams):
   assert all(batch.shape == (4, 16) and batch.dtype == np.int32
              for batches in (text.calibration, text.damage, text.evaluation) for batch in batches)
   assert all((np.diff(rows, axis=1) == 1).all() for rows in parts.values())
+
+
+def test_another_set_changes_the_calibration_windows_alone(streams):
+  usual, same, other = (workspace.read_text(config(**c), None) for c in ({}, {"calibration_set": 0},
+                                                                         {"calibration_set": 1}))
+  assert usual.digest == same.digest != other.digest
+  assert not set(np.ravel(usual.calibration)) & set(np.ravel(other.calibration))
+  for purpose in ("damage", "evaluation"):
+    np.testing.assert_array_equal(getattr(usual, purpose), getattr(other, purpose))
 
 
 def test_every_domain_has_its_share_and_its_name(streams):
@@ -207,7 +219,9 @@ def test_the_digest_sees_tokens_and_purposes(streams):
     ({"evaluation": 3}, "config.evaluation=3.*do not fill batches of 4"),
     ({"damage.sequences": 3}, "config.damage.sequences=3.*do not fill batches of 4"),
     ({"domains": ("wiki",), "batch": 1, "evaluation": 1}, "evaluation=1.*at least two sequences"),
-    ({"batch": 0}, "config.batch=0"), ({"length": 1}, "config.length=1"),
+    ({"calibration_set": 12}, "1000 tokens of calibration text, 6 sequences of 16 in each of 13 sets"),
+    ({"calibration_set": -1}, "config.calibration_set=-1"), ({"batch": 0}, "config.batch=0"),
+    ({"length": 1}, "config.length=1"),
 ])
 def test_mistakes_about_text_are_named(streams, changes: dict, said: str):
   with pytest.raises(ValueError, match=said):

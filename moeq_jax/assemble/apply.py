@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moeq_jax import artifacts, qtensor
+from moeq_jax import artifacts, codecs, qtensor
 
 
 def pack_layer(codes: artifacts.LayerCodes, bits: np.ndarray, *, widths: Sequence[int], group: int,
@@ -58,4 +58,20 @@ def quantized_blocks(functions: Any, blocks: Sequence[Any], packed: Sequence[dic
   placed = list(blocks)
   for place, layer in zip(sparse, packed, strict=True):
     placed[place] = functions.with_experts(blocks[place], jax.tree.map(jnp.asarray, layer))
+  return placed
+
+
+def quantized_routers(functions: Any, blocks: Sequence[Any], bits: int, group: int) -> list[Any]:
+  """The model's blocks with every router rounded to `bits` and back; dense blocks stay as they are.
+
+  The official code of arXiv 2604.06515 quantizes routers with the attention, at 4 bits; here each row of a router is
+  rounded to nearest, with a scale for each `group` inputs (0: one for the row).
+  """
+  codec = codecs.get(f"rtn(group={group})")
+  placed = list(blocks)
+  for place, block in enumerate(blocks):
+    if functions.sparse(block):
+      router = jnp.asarray(functions.router(block), jnp.float32)
+      encoded = codec.encode(router.T, bits)
+      placed[place] = functions.with_router(block, codecs.decode(encoded, group, router.shape[1]).T)
   return placed

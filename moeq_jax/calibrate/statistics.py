@@ -62,16 +62,35 @@ def update(functions: Any, block: Any, sums: dict[str, jax.Array], state: Any, d
   totals = {name: jnp.zeros_like(sums[field]) for name, field in TAPPED.items() if field in sums}
   _, backward, (routing, rows) = jax.vjp(forward, functions.router(block), state, totals, has_aux=True)
   d_router, d_input, grad_sq = backward(d_state)
+  batch = _forward_sums(rows, routing) | {TAPPED[name]: total for name, total in grad_sq.items()}
+  batch["router_grad_sq"] = jnp.sum(jnp.square(d_router.astype(jnp.float32) * scale), axis=-1)
+  return jax.tree.map(jnp.add, sums, batch), d_input
+
+
+def _forward_sums(rows: dict[str, jax.Array], routing: Any) -> dict[str, jax.Array]:
+  """What a batch adds to the sums that need no gradient, from the tapped rows `input` and `mid`."""
   chosen = jax.nn.one_hot(routing.experts, routing.logits.shape[-1])
   moment = lambda x: ragged.outer(x.astype(jnp.float32), x.astype(jnp.float32), routing.group_sizes)
-  batch = {
+  return {
       "tokens": routing.group_sizes,
       "gate_weight": jnp.einsum("tk,tke->e", routing.weights, chosen),
-      "router_grad_sq": jnp.sum(jnp.square(d_router.astype(jnp.float32) * scale), axis=-1),
       "moment_in": moment(rows["input"]),
       "moment_mid": moment(rows["mid"]),
-  } | {TAPPED[name]: total for name, total in grad_sq.items()}
-  return jax.tree.map(jnp.add, sums, batch), d_input
+  }
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def observe(functions: Any, block: Any, sums: dict[str, jax.Array], state: Any) -> dict[str, jax.Array]:
+  """Adds one batch to the sums of one MoE layer, as `update`, but forward only: no sum that needs gradients grows."""
+  captured = {}
+
+  def tap(name, rows, group_sizes):
+    del group_sizes
+    captured[name] = rows
+    return rows
+
+  _, routing = functions.block(block, state, tap)
+  return sums | {name: sums[name] + value for name, value in _forward_sums(captured, routing).items()}
 
 
 @functools.partial(jax.jit, static_argnums=0)
