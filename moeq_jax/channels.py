@@ -69,6 +69,31 @@ class ChannelStats(artifacts.Saved):
 
 
 @dataclasses.dataclass(frozen=True)
+class ChannelErrors(artifacts.Saved):
+  """Errors of every channel of every expert at every candidate width.
+
+  Attributes:
+    weight: `[L, E, J, W]` float32, squared norm of what encoding adds to a channel's weights.
+    fisher: `[L, E, J, W]` float32, `1/2 sum A_kk G_nn dW_kn^2` over the channel's weights: its part of
+      `artifacts.ErrorTable.fisher`, in nats per calibration token; `None` without calibration.
+    widths, codec, group, projections: as in `artifacts.ErrorTable`.
+    projection: `[J]` int64, the place in `projections` that a channel is part of; ascending.
+    sizes: `[J]` int64, weights of a channel.
+    axis: one of `AXES`.
+  """
+
+  weight: np.ndarray
+  fisher: np.ndarray | None
+  widths: tuple[int, ...]
+  codec: str
+  group: int
+  projections: tuple[str, ...]
+  projection: np.ndarray
+  sizes: np.ndarray
+  axis: str = "neurons"
+
+
+@dataclasses.dataclass(frozen=True)
 class BlockCosts(artifacts.Saved):
   """`cost[l, e, j, w]`: the price of storing unit j of an expert with `widths[w]` bits.
 
@@ -143,6 +168,17 @@ class BlockPlan(artifacts.Saved):
       return 0.0
     neurons = self.order.shape[-1]
     return neurons * (16 if neurons <= 1 << 16 else 32) / int(self.sizes.sum())
+
+
+def along(name: str, axis: str) -> int:
+  """The axis of a weight `[K, N]` on which the channels of a projection lie: 0 = K, 1 = N.
+
+  Raises:
+    ValueError: an unknown axis.
+  """
+  if axis not in AXES:
+    raise ValueError(f"unknown axis {axis!r}; the channels of down are {' or '.join(AXES)}")
+  return 0 if name == "down" and axis == "neurons" else 1
 
 
 def units(sizes: Sequence[tuple[int, int]], block: int = 1) -> tuple[np.ndarray, np.ndarray]:

@@ -10,11 +10,9 @@ from flax import nnx
 
 from moeq_jax import channels
 from moeq_jax.calibrate import channels as collecting
-from moeq_jax.calibrate import spectrum, statistics, taps
+from moeq_jax.calibrate import spectrum, taps
 from moeq_jax.models import moe
 from tests import tiny
-
-jax.config.update("jax_num_cpu_devices", 4)
 
 T, D, F, E, TOP_K = 20, 8, 12, 4, 2
 WIDTHS = {"gate": F, "up": F, "down": D}
@@ -89,29 +87,18 @@ def scanned(x: jax.Array, totals: dict[str, jax.Array]) -> jax.Array:
   return jax.lax.scan(step, jnp.zeros(()), x.reshape(4, -1, D))[0]
 
 
-def sharded(x: jax.Array, totals: dict[str, jax.Array]) -> jax.Array:
-  """Tokens over four devices; the same zeros on all of them get the sum over all."""
-  mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-  body = lambda x, totals: jax.lax.psum(plain(x, totals), "data")
-  return jax.shard_map(body, mesh=mesh, in_specs=(jax.P("data"), jax.P()), out_specs=jax.P())(x, totals)
-
-
-def sharded_inside(x: jax.Array, totals: dict[str, jax.Array]) -> dict[str, jax.Array]:
-  """The gradient is taken on each device."""
-  mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-  body = lambda x, totals: jax.grad(plain, argnums=1)(x, totals)
-  return jax.shard_map(body, mesh=mesh, in_specs=(jax.P("data"), jax.P()), out_specs=jax.P())(x, totals)
-
-
 WAYS = {"as it is": jax.grad(plain, 1), "jit": jax.jit(jax.grad(plain, 1)),
-        "remat": jax.jit(jax.grad(jax.checkpoint(plain), 1)), "scan of remat": jax.jit(jax.grad(scanned, 1)),
-        "shard_map": jax.jit(jax.grad(sharded, 1)), "inside shard_map": jax.jit(sharded_inside),
-        "remat of shard_map": jax.jit(jax.grad(jax.checkpoint(sharded), 1))}
+        "remat": jax.jit(jax.grad(jax.checkpoint(plain), 1)), "scan of remat": jax.jit(jax.grad(scanned, 1))}
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_taps_equal_per_example_gradients(way: str):
-  found, expected = WAYS[way](rows(), zeros()), by_example()
+  check(WAYS[way](rows(), zeros()))
+
+
+def check(found: dict[str, jax.Array]) -> None:
+  """Raises unless the sums are those of the examples one by one."""
+  expected = by_example()
   assert all(expected[name].any(axis=-1).all() for name in ("input_sq", "grad_sq_down"))
   for name in ("input_sq", "mid_sq", *(f"grad_sq_{name}" for name in WIDTHS)):
     np.testing.assert_allclose(found[name], expected[name], rtol=2e-5, atol=1e-6 * expected[name].max(), err_msg=name)
@@ -234,6 +221,6 @@ def test_a_sum_that_overflowed_is_an_error_that_names_it():
 def test_fewer_tokens_than_channels_give_finite_summaries():
   """72 tokens choose 2 of 6 experts: some see fewer than their 96 mid channels, whose Gram matrix is singular."""
   few = collecting.collect(tiny.functions(), tiny.model().top, list(tiny.model().blocks), tiny.tokens(1, size=3))
-  assert (few.tokens < 96).any() and statistics.TAPPED
+  assert (few.tokens < 96).any()
   assert np.isfinite(few.condition).all() and (few.condition >= 1).all()
   assert (few.condition[..., 2] <= 96 / few.damping + 1.001).all()
