@@ -1,7 +1,7 @@
 """Statistics of channels: one pass of forward and backward, vectors per expert, no moments.
 
 As `statistics`, but nothing of the size of a moment or of a weight is kept or made: per expert and channel the sums of
-squared inputs and of squared output gradients, and per expert a sketch of either input's Gram matrix (`spectrum`), 64
+squared inputs and of squared output gradients, and per expert a sketch of either input's Gram matrix (`spectrum`), 32
 vectors. Expert weights are not differentiated: the derivatives are those with respect to the router, to the state, and to
 the taps' zeros. With `tapped=False` the pass is the same one without taps; then only the routers' sums are made.
 
@@ -50,12 +50,10 @@ def tap(totals: dict[str, jax.Array], name: str, rows: jax.Array, group_sizes: j
     return taps.square_sum(rows, totals[field], group_sizes)
   if (field := _INPUTS.get(name)) not in totals:
     return rows
-  own = {key: totals[key] for key in (field, _SKETCHES[name]) if key in totals}
-  sums = {field: taps.group_sum(taps.squares(rows), group_sizes)}
-  if (sketch := _SKETCHES[name]) in totals:
-    test = spectrum.test_vectors(*totals[sketch].shape[1:])
-    sums[sketch] = taps.sketch(rows, jnp.asarray(test), group_sizes)
-  return taps.carry(rows, own, sums)
+  own = {key: totals[key] for key in (field, _SKETCHES[name])}
+  test = jnp.asarray(spectrum.test_vectors(*totals[_SKETCHES[name]].shape[1:]))
+  found = taps.group_sums(jax.lax.stop_gradient(rows), group_sizes, test)
+  return taps.carry(rows, own, dict(zip(own, found, strict=True)))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)

@@ -27,7 +27,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import special
 
-RANK = 64
+RANK = 32
 DAMPING = 0.01  # of the mean eigenvalue, as in `codecs.gptq`
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from moeq_jax.kernels import ragged, varying
 
-_LARGEST = float(jnp.finfo(jnp.float32).max)
+TILE = 128  # rows that are summed at a time
 
 
 def square_sum(value: jax.Array, total: jax.Array, group_sizes: jax.Array) -> jax.Array:
@@ -40,7 +40,7 @@ def _forward(value, total, group_sizes):
 
 
 def _backward(group_sizes, gradient):
-  return gradient, group_sum(squares(gradient), group_sizes), None
+  return gradient, group_squares(gradient, group_sizes), None
 
 
 _square_sum.defvjp(_forward, _backward)
@@ -68,27 +68,40 @@ def _carry(value, totals, sums):
 _carry.defvjp(lambda value, totals, sums: (value, sums), lambda sums, gradient: (gradient, sums, None))
 
 
-def squares(rows: jax.Array) -> jax.Array:
-  """Squares in float32, whatever the dtype of the rows: a sum in bfloat16 stops growing at 256 times its terms.
+def group_squares(rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
+  """Sums of the squared rows of each group: `[T, N]` sorted by group -> `[E, N]` float32.
 
-  What is not finite, or too large to be squared, becomes the largest float32, which `group_sum` recognises.
+  Squares and sums are float32 whatever the dtype of the rows: a sum in bfloat16 stops growing at 256 times its terms.
+  What is too large for float32, or not a number, is so in its own group only.
   """
-  square = jnp.square(rows.astype(jnp.float32))
-  return jnp.where(square < _LARGEST, square, _LARGEST)
+  return group_sums(rows, group_sizes, None)[0]
 
 
-def group_sum(rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
-  """Sums the rows of each group: `[T, N]` finite and not negative -> `[E, N]`.
+def group_sums(rows: jax.Array, group_sizes: jax.Array,
+               test: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+  """Sums of the squared rows of each group, `[E, N]`, and its Gram matrix times test vectors `[N, R]`, `[E, N, R]` float32.
 
-  A sum that is too large for float32, or has a term that was (`squares`), is infinite, in its own group only.
+  Rows are read tile by tile and each tile belongs to one group: nothing of the size of the rows is made, squared or not.
   """
-  owner = jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(rows.shape[0]), side="right")
-  chosen = jax.nn.one_hot(owner, group_sizes.shape[0], dtype=rows.dtype, axis=0)
-  total = jnp.matmul(chosen, rows, precision="highest")
-  return jnp.where(total < _LARGEST, total, jnp.inf)
+  length = min(TILE, rows.shape[0])
+  cut = ragged.tiles(group_sizes, rows.shape[0], length)
+  starts, held = cut.rows[:, 0], jnp.sum(cut.valid, axis=1)
 
+  def add(tile: jax.Array, sums: tuple[jax.Array, jax.Array | None]) -> tuple[jax.Array, jax.Array | None]:
+    total, gram = sums
+    first = jnp.minimum(starts[tile], rows.shape[0] - length)
+    place = first + jnp.arange(length)
+    own = (place >= starts[tile]) & (place < starts[tile] + held[tile])
+    x = jax.lax.dynamic_slice_in_dim(rows, first, length).astype(jnp.float32)
+    x = jnp.where(own[:, None], x, 0.0)
+    total = total.at[cut.expert[tile]].add(jnp.sum(jnp.square(x), axis=0))
+    if gram is None:
+      return total, None
+    seen = jnp.matmul(x, test, precision="highest")
+    return total, gram.at[cut.expert[tile]].add(jnp.matmul(x.T, seen, precision="highest"))
 
-def sketch(rows: jax.Array, test: jax.Array, group_sizes: jax.Array) -> jax.Array:
-  """The Gram matrix of each group's rows times test vectors: `[T, N], [N, R] -> [E, N, R]` float32."""
-  rows = rows.astype(jnp.float32)
-  return ragged.outer(rows, jnp.matmul(rows, test, precision="highest"), group_sizes)
+  shape = group_sizes.shape[0], rows.shape[1]
+  total = jnp.zeros(shape, jnp.float32)
+  gram = None if test is None else jnp.zeros((*shape, test.shape[1]), jnp.float32)
+  rows, starts, held, cut, total, gram = varying.unify(rows, starts, held, cut, total, gram)
+  return jax.lax.fori_loop(0, starts.shape[0], add, (total, gram))
