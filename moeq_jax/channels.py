@@ -1,13 +1,13 @@
 """The values of channel-wise precision: statistics, costs and plans per row or per block of rows.
 
-Beside the letters of `artifacts`: J units of an expert, the parts of its projections that may have a width of their own,
-those of gate before those of up before those of down.
+Beside the letters of `artifacts`: J units of an expert, the parts of its projections that may have a width of their
+own, those of gate before those of up before those of down.
 
-A *neuron* is one of the F hidden units of an expert: a column of gate and of up (`[D, F]`) and a row of down (`[F, D]`).
-Their order is free: the same permutation of gate's and up's columns and of down's rows changes nothing. So units are
-neurons by default, in one order for the three projections of an expert: stripes of N in gate and up, blocks of K in down
-(`axis="neurons"`). With `axis="outputs"` the units of down are its output columns, as those of gate and up are: rows of
-the matrix as papers write it.
+A *neuron* is one of the F hidden units of an expert: a column of gate and of up (`[D, F]`) and a row of down (`[F,
+D]`). Their order is free: the same permutation of gate's and up's columns and of down's rows changes nothing. So units
+are neurons by default, in one order for the three projections of an expert: stripes of N in gate and up, blocks of K in
+down (`axis="neurons"`). With `axis="outputs"` the units of down are its output columns, as those of gate and up are:
+rows of the matrix as papers write it.
 """
 
 import dataclasses
@@ -32,8 +32,8 @@ class ChannelStats(artifacts.Saved):
     input_sq: `[L, E, D]` float32, sum over the expert's tokens of the squared input of gate and up, per channel: the
       diagonal of `moment_in`.
     mid_sq: `[L, E, F]` float32, the same of down's input.
-    condition: `[L, E, 2, 3]` float64, condition number of the damped Gram matrix of the inputs of either side (`SIDES`):
-      its lower bound, estimate, upper bound (`calibrate.spectrum`).
+    condition: `[L, E, 2, 3]` float64, condition number of the damped Gram matrix of the inputs of either side
+      (`SIDES`): its lower bound, estimate, upper bound (`calibrate.spectrum`).
     log_am_gm: `[L, E, 2, 3]` float64, logarithm of the ratio of arithmetic and geometric mean of the same eigenvalues:
       0 where all are equal; lower bound, estimate, upper bound.
     damping: share of the mean eigenvalue that was added to all.

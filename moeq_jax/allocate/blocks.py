@@ -9,12 +9,12 @@
   per_layer_projection   all experts of a layer share one for each projection
   per_layer              all experts of a layer share one
 
-under one budget for the whole model. `none` is looser than `gate_equals_up` and `projection`, those (the latter two) are
-looser than `expert`, and `merged` blocks are a constraint on their rows: a looser one never has a dearer optimum, and its
-lower bound is at most the value of any tighter one.
+under one budget for the whole model. `none` is looser than `gate_equals_up` and `projection`, those (the latter two)
+are looser than `expert`, and `merged` blocks are a constraint on their rows: a looser one never has a dearer optimum,
+and its lower bound is at most the value of any tighter one.
 
-Neurons can be put in order first (`order`, `ordered`), which is free but for the order itself: units of a block then need
-about the same width.
+Neurons can be put in order first (`order`, `ordered`), which is free but for the order itself: units of a block then
+need about the same width.
 """
 
 import dataclasses
@@ -65,9 +65,10 @@ def tie(costs: channels.BlockCosts, constraint: str) -> constraints.Tied:
   """
   unit = units(costs, constraint)
   for layer, expert, part, choice in np.argwhere(~np.isfinite(costs.cost))[:1]:
+    cost = costs.cost[layer, expert, part, choice]
     raise ValueError(f"cost table {costs.score}: unit {part} ({costs.projections[costs.projection[part]]}) of layer"
-                     f" {layer}, expert {expert} at {costs.widths[choice]} bits costs"
-                     f" {costs.cost[layer, expert, part, choice]}; costs must be finite, check the score's inputs there")
+                     f" {layer}, expert {expert} at {costs.widths[choice]} bits costs {cost}; costs must be finite,"
+                     " check the score's inputs there")
   cost, sizes = costs.cost.reshape(-1, len(costs.widths)), np.broadcast_to(costs.sizes, unit.shape).ravel()
   if constraint != "none":
     cost = np.stack([np.bincount(unit.ravel(), weights=column) for column in cost.T], axis=1)

@@ -3,9 +3,9 @@
   minimise  sum_u cost[u, k_u]   subject to   sum_u weight[u, k_u] <= budget
 
 A unit is whatever gets one bit-width, a choice is a width, the weight of a choice is what storing it takes. All layers
-share the one budget. `solve` has two methods: `exact`, described here, and `lagrangian` (`lagrangian.py`) for instances of
-millions of units, whose relative gap shrinks as units become more. The way to the optimum has three steps (the first two and the lists of the third are standard, see
-Kellerer, Pferschy and Pisinger, Knapsack Problems, 2004, chapter 11):
+share the one budget. `solve` has two methods: `exact`, described here, and `lagrangian` (`lagrangian.py`) for instances
+of millions of units, whose relative gap shrinks as units become more. The way to the optimum has three steps (the first
+two and the lists of the third are standard, see Kellerer, Pferschy and Pisinger, Knapsack Problems, 2004, chapter 11):
 
 1. Lagrangian bound. For a price `m >= 0` of a unit of weight, `D(m) = sum_u min_k (cost + m weight) - m budget` is at
    most the optimum. `D` is concave; bisection on `m` ends at two neighbouring floats, one too low, one high enough to
@@ -74,10 +74,10 @@ class Solution:
 def solve(cost: Any, weight: Any, budget: int | float, method: str = "auto") -> Solution:
   """Chooses one column per unit at least total cost within the budget.
 
-  By the method `exact`, integer weights, and real ones that are multiples of a common power of two such as 2.25, are solved exactly. With
-  other real weights the result is the Lagrangian solution improved by one dynamic program over the units nearest to a
-  tie: feasible and close to the optimum, not proven optimal; `bound` is valid there too. Equal inputs give equal
-  outputs; of units that tie at the price, those of lower index get the heavier choice first.
+  By the method `exact`, integer weights, and real ones that are multiples of a common power of two such as 2.25, are
+  solved exactly. With other real weights the result is the Lagrangian solution improved by one dynamic program over the
+  units nearest to a tie: feasible and close to the optimum, not proven optimal; `bound` is valid there too. Equal
+  inputs give equal outputs; of units that tie at the price, those of lower index get the heavier choice first.
 
   By the method `lagrangian` the choice is feasible, `bound` valid and the gap between them that of one price for all
   units, after a repair that solves the 1,024 units nearest to a tie together: about the cost of one step of one unit at

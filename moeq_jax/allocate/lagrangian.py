@@ -10,14 +10,15 @@ For a price `m >= 0` of a unit of weight, every unit for itself takes the choice
    and less, gives prices on both sides of the wanted one; one pass over all units checks that. Units that take the same
    weight on both sides are decided, and the rest goes round again, until it is small enough to be bisected down to two
    neighbouring floats: one too low, one high enough to keep the budget.
-2. Base solution. Units that the two floats answer differently are tied; in order, they are moved while the budget lasts.
+2. Base solution. Units that the two floats answer differently are tied; in order, they are moved while the budget
+   lasts.
 3. Repair. Whatever budget is left is worth at most `m` times it. The units nearest to a tie are solved once more, all
    together and with the others fixed, by the exact solver's dynamic program: that finds every swap among them that uses
    the rest up.
 4. Certificate. `D` in float64. Each unit's term carries two roundings, sums are naive inside slabs and exact (`fsum`)
-   over slabs, the rest is rational arithmetic, and a bound on all rounding is subtracted (`_certified`). Costs are scaled
-   by a power of two so that the largest is below one: nothing overflows, and what falls below the least normal number is
-   charged too.
+   over slabs, the rest is rational arithmetic, and a bound on all rounding is subtracted (`_certified`). Costs are
+   scaled by a power of two so that the largest is below one: nothing overflows, and what falls below the least normal
+   number is charged too.
 
 Choices that no price selects (above the lower convex hull of a unit's choices) can only come in by step 3. A unit is in
 memory as two columns of float64; the programs are jitted and see a slab of units at a time.
@@ -188,7 +189,7 @@ def _bisect(slab: _Slab, capacities: jax.Array, low: jax.Array, high: jax.Array)
 
 def _used(slabs: Sequence[_Slab], prices: Sequence[float]) -> np.ndarray:
   """The weight that all units take at each price, `[J]`; exact."""
-  parts = [_weights(slab, jnp.asarray(prices, jnp.float64)) for slab in slabs]  # all at work before the first is waited for
+  parts = [_weights(slab, jnp.asarray(prices, jnp.float64)) for slab in slabs]  # all at work before the first is done
   return np.sum([np.asarray(part) for part in parts], axis=0)
 
 
@@ -299,9 +300,9 @@ def _bound_terms(slab: _Slab, price: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _certified(slabs: Sequence[_Slab], price: float, capacity: int) -> Fraction:
   """`D(price)` less all that rounding may have added to it.
 
-  With u = 2^-53: a term is a product and a sum, at most 3 u of its magnitude off; a slab's sum of n terms in any order is
-  at most n u of the sum of their magnitudes off, and so is that sum of magnitudes itself. Results below the least normal
-  number 2^-1022 may count as zero: four of them a choice.
+  With u = 2^-53: a term is a product and a sum, at most 3 u of its magnitude off; a slab's sum of n terms in any order
+  is at most n u of the sum of their magnitudes off, and so is that sum of magnitudes itself. Results below the least
+  normal number 2^-1022 may count as zero: four of them a choice.
   """
   found = [tuple(map(float, _bound_terms(slab, price))) for slab in slabs]
   total, magnitude = (math.fsum(part[i] for part in found) for i in range(2))

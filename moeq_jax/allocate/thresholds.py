@@ -1,8 +1,8 @@
 """The threshold rule: rows of high score get the high width, rows of low score the low one.
 
 The abstract of "Automated Fine-Grained Mixture-of-Experts Quantization" (Findings of ACL 2025, 1386) says that widths
-are determined per channel from statistics, and that down projections need more precision than up projections. How scores
-become widths could not be read. This is the rule nearest to its words, of our own design:
+are determined per channel from statistics, and that down projections need more precision than up projections. How
+scores become widths could not be read. This is the rule nearest to its words, of our own design:
 
 - All rows of one projection, over the whole model, are ranked by their score. The first get the high width, the last
   the low one, the others the middle one, in such numbers that the projection's average is met.
@@ -86,9 +86,10 @@ def plan(score: np.ndarray, costs: channels.BlockCosts, average: float, widths: 
   Raises:
     ValueError: see `shares` and `shifted`; or a score that is not finite or of another shape.
   """
+  problem.check_budget(average, widths)
   if score.shape != costs.cost.shape[:3] or not np.isfinite(score).all():
-    raise ValueError(f"the score has shape {score.shape}, or values that are not finite; it is one finite number for each"
-                     f" unit, {costs.cost.shape[:3]}")
+    raise ValueError(f"the score has shape {score.shape}, or values that are not finite; it is one finite number for"
+                     f" each unit, {costs.cost.shape[:3]}")
   names = costs.projections
   weights = [int(costs.sizes[costs.part(name)].sum()) for name in names]
   averages = shifted(average, np.ones(len(names)) * weights if traces is None else traces, weights, widths)

@@ -21,7 +21,6 @@ from rich import table as rich_table
 
 from moeq_jax import progress, runs, steps, workspace
 from moeq_jax.calibrate import channels
-from moeq_jax.calibrate import statistics as full
 from moeq_jax.models import decoder
 
 SMALL = "experiments/models/moeq-small"
@@ -96,7 +95,8 @@ def _passes(model: Model) -> dict[str, Callable[[], Any]]:
     sums = {place: channels.init(model.functions, model.blocks[place], tapped=tapped) for place in places}
     return channels.sweep(model.functions, model.top, model.blocks, sums, model.batch)[0]
 
-  return dict(zip(PASSES, (forward, functools.partial(backward, False), functools.partial(backward, True)), strict=True))
+  both = (functools.partial(backward, tapped) for tapped in (False, True))
+  return dict(zip(PASSES, (forward, *both), strict=True))
 
 
 def _measure(model: Model, rounds: int, advance: Callable[..., None]) -> dict[str, Any]:

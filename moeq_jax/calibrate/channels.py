@@ -2,8 +2,8 @@
 
 As `statistics`, but nothing of the size of a moment or of a weight is kept or made: per expert and channel the sums of
 squared inputs and of squared output gradients, and per expert a sketch of either input's Gram matrix (`spectrum`), 32
-vectors. Expert weights are not differentiated: the derivatives are those with respect to the router, to the state, and to
-the taps' zeros. With `tapped=False` the pass is the same one without taps; then only the routers' sums are made.
+vectors. Expert weights are not differentiated: the derivatives are those with respect to the router, to the state, and
+to the taps' zeros. With `tapped=False` the pass is the same one without taps; then only the routers' sums are made.
 
 Sums are float32 whatever the model computes in. One that overflows is an error that names it, its layer and its expert.
 """

@@ -5,9 +5,10 @@ The Gram matrix `M = sum_t x_t x_t^T` `[N, N]` is never made. For a fixed Gaussi
 With `N <= R`, T is the identity and everything is exact.
 
 What codecs see is damped as in GPTQ: `M + d`, with d a share of the mean eigenvalue. That also gives a singular matrix,
-of a dead channel or of fewer tokens than channels, a finite condition. Two bounds are certain, up to rounding in float32.
-Nystrom: `Q = Y (T^T Y)^-1 Y^T` has rank R and `0 <= Q <= M` (Halko, Martinsson and Tropp 2011, section 5.4), so that its
-eigenvalues q are lower bounds of M's and the residual `M - Q` is positive semi-definite with trace `tau = tr M - tr Q`:
+of a dead channel or of fewer tokens than channels, a finite condition. Two bounds are certain, up to rounding in
+float32. Nystrom: `Q = Y (T^T Y)^-1 Y^T` has rank R and `0 <= Q <= M` (Halko, Martinsson and Tropp 2011, section 5.4),
+so that its eigenvalues q are lower bounds of M's and the residual `M - Q` is positive semi-definite with trace `tau =
+tr M - tr Q`:
 
   condition   (q_1 + d) / (tau / (N - R) + d)  <=  (l_1 + d) / (l_N + d)  <=  (q_1 + tau + d) / d
   log det     log det(Q + d) + log(1 + tau / (q_1 + d))  <=  log det(M + d)  <=  tau poured over the least of q + d
@@ -17,9 +18,9 @@ levels the smallest eigenvalues adds most. Hadamard's inequality bounds log det 
 
 The estimate between the bounds takes the eigenvalues as lognormal with the mean `tr M / N` and the mean square
 `|M|_F^2 / N`, of which `|Y|_F^2 / R` is an unbiased estimate. A sketch cannot see small eigenvalues, so that it is an
-estimate and no more: with 32 test vectors for 192 channels it is off by at most 0.4 nats of log AM/GM for eigenvalues that
-fall as a power of their rank from 0.5 to 1.5 or are lognormal, and by up to 2 where they fall exponentially, or in steps
-(`tests/calibrate/spectrum_test.py`). `RANK` is what can be had for less than a tenth of a pass.
+estimate and no more: with 32 test vectors for 192 channels it is off by at most 0.4 nats of log AM/GM for eigenvalues
+that fall as a power of their rank from 0.5 to 1.5 or are lognormal, and by up to 2 where they fall exponentially, or in
+steps (`tests/calibrate/spectrum_test.py`). `RANK` is what can be had for less than a tenth of a pass.
 """
 
 from typing import NamedTuple

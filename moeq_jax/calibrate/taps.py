@@ -2,9 +2,9 @@
 
 A tap is the identity on what flows through the model. The derivative with respect to its `total`, an array of zeros, is
 the sum that it takes: of squared gradients, which the backward pass brings (`square_sum`), or of what the forward pass
-shows (`carry`), which it keeps as sums, not as rows. Taps go through `jit`, `remat` (which takes forward sums when it runs
-the forward pass again), `scan` (which adds up) and `shard_map`: a `total` that is the same on all devices gets the sum
-over all of them.
+shows (`carry`), which it keeps as sums, not as rows. Taps go through `jit`, `remat` (which takes forward sums when it
+runs the forward pass again), `scan` (which adds up) and `shard_map`: a `total` that is the same on all devices gets the
+sum over all of them.
 """
 
 from typing import Any
@@ -79,9 +79,11 @@ def group_squares(rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
 
 def group_sums(rows: jax.Array, group_sizes: jax.Array,
                test: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
-  """Sums of the squared rows of each group, `[E, N]`, and its Gram matrix times test vectors `[N, R]`, `[E, N, R]` float32.
+  """Sums of the squared rows of each group, `[E, N]`, and its Gram matrix times test vectors `[N, R]`, `[E, N, R]`
+  float32.
 
-  Rows are read tile by tile and each tile belongs to one group: nothing of the size of the rows is made, squared or not.
+  Rows are read tile by tile and each tile belongs to one group: nothing of the size of the rows is made, squared or
+  not.
   """
   length = min(TILE, rows.shape[0])
   cut = ragged.tiles(group_sizes, rows.shape[0], length)

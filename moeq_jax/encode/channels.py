@@ -1,10 +1,10 @@
 """What every channel loses at every width.
 
-Each matrix is encoded whole, once per width, as for plans of whole experts, and the error is summed per channel instead of
-over all. Columns do not depend on each other in any codec, so the errors of columns are exactly those of a matrix in which
-each column has its own width. Rows of K (the neurons of down) share scales with the rest of their group, and under GPTQ
-they also take the errors of the rows before them: there, blocks must be whole groups, and the errors are those of
-a matrix that has the same width everywhere.
+Each matrix is encoded whole, once per width, as for plans of whole experts, and the error is summed per channel instead
+of over all. Columns do not depend on each other in any codec, so the errors of columns are exactly those of a matrix in
+which each column has its own width. Rows of K (the neurons of down) share scales with the rest of their group, and
+under GPTQ they also take the errors of the rows before them: there, blocks must be whole groups, and the errors are
+those of a matrix that has the same width everywhere.
 """
 
 import functools
@@ -24,8 +24,8 @@ _EINSUM = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _errors(codec: codecs.Codec, along: int, bits: jax.Array, w: jax.Array, moment: jax.Array | None,
             inputs: jax.Array | None, gradients: jax.Array | None) -> dict[str, jax.Array]:
-  """Squared error and diagonal Fisher cost (summed over tokens; with statistics only) of every channel, `[E, J]` each; one
-  expert after the other."""
+  """Squared error and diagonal Fisher cost (summed over tokens; with statistics only) of every channel, `[E, J]` each;
+  one expert after the other."""
 
   def one(expert: tuple[jax.Array | None, ...]) -> dict[str, jax.Array]:
     w, moment, inputs, gradients = expert

@@ -1,9 +1,9 @@
 """Scores and costs of rows: how sensitive is each channel of each expert?
 
-An implementation of the method described in the abstract of "Automated Fine-Grained Mixture-of-Experts Quantization" (Findings
-of ACL 2025, 1386), with a documented design where the paper's details were not available (docs/channelwise.md). A *row* is an
-output channel of a matrix, as papers write it: a column of our `[K, N]`; with `axis="neurons"` the rows of down are its
-inputs instead (`moeq_jax.channels`).
+An implementation of the method described in the abstract of "Automated Fine-Grained Mixture-of-Experts Quantization"
+(Findings of ACL 2025, 1386), with a documented design where the paper's details were not available
+(docs/channelwise.md). A *row* is an output channel of a matrix, as papers write it: a column of our `[K, N]`; with
+`axis="neurons"` the rows of down are its inputs instead (`moeq_jax.channels`).
 
   statistical   S = alpha K V + (1 - alpha) O from weights alone (`statistical`)
   fisher        M sum_j F_cj (w_cj - w_hat_cj)^2 from one forward and one backward pass (`fisher_error`)
@@ -58,8 +58,9 @@ def statistical(evidence: Evidence, kind: str = "kurtosis", alpha: float = 0.5) 
     singular     one more than the share of the row's squares that lies along the matrix's top singular direction
 
   each divided by its mean over the rows of the matrix, so that an average row has `S = 1`. A secondary source gives the
-  formula and calls K a condition number, which one row does not have; hence the choice. A row of equal weights (of zeros)
-  needs no bits: its score is 0. Where a whole matrix has a mean of zero (no outlier anywhere), all its rows are average.
+  formula and calls K a condition number, which one row does not have; hence the choice. A row of equal weights (of
+  zeros) needs no bits: its score is 0. Where a whole matrix has a mean of zero (no outlier anywhere), all its rows are
+  average.
 
   Raises:
     ValueError: an unknown kind, an alpha outside [0, 1], or weights that are not finite.
@@ -135,8 +136,8 @@ def _top_direction(rows: jax.Array) -> jax.Array:
 
 
 def fisher_traces(stats: channels.ChannelStats, projections: Sequence[str]) -> np.ndarray:
-  """Trace of the Fisher matrix of every projection of every expert, per calibration token, `[L, E, P]`: by K-FAC the sum of
-  squared gradients times the sum of squared inputs, over the expert's tokens."""
+  """Trace of the Fisher matrix of every projection of every expert, per calibration token, `[L, E, P]`: by K-FAC the
+  sum of squared gradients times the sum of squared inputs, over the expert's tokens."""
   tokens = np.maximum(stats.tokens, 1) * stats.total_tokens
   traces = [stats.inputs(name).sum(-1, dtype=np.float64) * stats.gradients(name).sum(-1, dtype=np.float64)
             for name in projections]
@@ -146,8 +147,8 @@ def fisher_traces(stats: channels.ChannelStats, projections: Sequence[str]) -> n
 def conditions(stats: channels.ChannelStats, projections: Sequence[str]) -> np.ndarray:
   """Estimated log AM/GM of the eigenvalues of every projection's input Gram matrix, `[L, E, P]`.
 
-  An expert with fewer tokens than the matrix has channels shows its number of tokens, not its inputs: it gets the mean of
-  its layer's other experts, weighted by tokens; 0 where there are none.
+  An expert with fewer tokens than the matrix has channels shows its number of tokens, not its inputs: it gets the mean
+  of its layer's other experts, weighted by tokens; 0 where there are none.
   """
   found = []
   for name in projections:
@@ -168,8 +169,8 @@ def multiplier(stats: channels.ChannelStats, projections: Sequence[str], *, eta:
 
 
 def default_zeta(codec: str) -> float:
-  """The exponent of the condition for a codec's spec: ill-conditioned inputs hurt codecs that round each weight for itself,
-  and are what GPTQ lives on, for which the multiplier would have the wrong sign."""
+  """The exponent of the condition for a codec's spec: ill-conditioned inputs hurt codecs that round each weight for
+  itself, and are what GPTQ lives on, for which the multiplier would have the wrong sign."""
   return ZETA[registry.parse(codec).name]
 
 
@@ -230,8 +231,8 @@ def as_cost(spec: str, evidence: Evidence) -> channels.BlockCosts:
     raise registry.ArgumentError(f"{spec}: options of a score are given by name, for example fisher_error(zeta=0)")
   errors, cost = evidence.errors, bound(evidence)
   for layer, expert, row, _ in np.argwhere(~np.isfinite(cost))[:1]:
-    raise ValueError(f"score {spec}: not finite for {errors.projections[errors.projection[row]]} of layer {layer}, expert"
-                     f" {expert}; the evidence that it reads is damaged there: calibrate and encode again")
+    raise ValueError(f"score {spec}: not finite for {errors.projections[errors.projection[row]]} of layer {layer},"
+                     f" expert {expert}; the evidence that it reads is damaged there: calibrate and encode again")
   parsed = registry.parse(spec)
   plain = default_zeta(errors.codec) if parsed.kwargs.get("zeta") is None else parsed.kwargs["zeta"]
   units = "nats" if parsed.name == "fisher_error" and plain == 0 else "arbitrary"

@@ -40,7 +40,7 @@ def check(plan: channels.BlockPlan, table: channels.BlockCosts, average: float) 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@hypothesis.settings(max_examples=15, deadline=None)
+@hypothesis.settings(max_examples=8, deadline=None)
 @hypothesis.given(st.integers(0, 10**6), st.floats(1, 4), st.sampled_from(["exact", "lagrangian"]),
                   st.sampled_from([0.0, 0.5, 2.0]))
 def test_a_finer_set_s_bound_is_at_most_the_coarser_set_s_value(seed: int, average: float, solver: str, noise: float):
@@ -75,7 +75,8 @@ def test_constraints_equal_brute_force(constraint: str):
   for number in range(unit.max() + 1):
     own = cells[:, unit == number]
     kept &= (own == own[:, :1]).all(axis=1)
-  price = np.take_along_axis(np.broadcast_to(table.cost, (len(cells), *table.cost.shape)), cells[..., None], 4).sum((1, 2, 3, 4))
+  many = np.broadcast_to(table.cost, (len(cells), *table.cost.shape))
+  price = np.take_along_axis(many, cells[..., None], 4).sum((1, 2, 3, 4))
   used = ((1 + 2 * cells) * table.sizes).sum((1, 2, 3))
   for average in (1.2, 1.9, 2.6):
     budget = problem.budget_bits(average, np.broadcast_to(table.sizes, unit.shape))
@@ -119,7 +120,8 @@ def test_neurons_are_ordered_once_and_together():
   assert (np.diff(total, axis=-1) <= 0).all() and ready.order.dtype == np.int32
   for name in table.projections:  # the same neuron stands at the same place in all projections
     for place in np.ndindex(2, 2):
-      np.testing.assert_array_equal(ready.cost[place][ready.part(name)], table.cost[place][table.part(name)][neurons[place]])
+      plain = table.cost[place][table.part(name)]
+      np.testing.assert_array_equal(ready.cost[place][ready.part(name)], plain[neurons[place]])
   assert blocks.plan(ready, 2.2).predicted == pytest.approx(blocks.plan(table, 2.2).predicted, rel=1e-12)
   assert blocks.plan(blocks.merged(ready, 4), 2.2).order is ready.order
   with pytest.raises(ValueError, match="put in order once"):
@@ -170,12 +172,13 @@ def test_a_plan_is_kept_and_opened_again(tmp_path):
   plan.save(tmp_path / "plan.npz")
   opened = channels.BlockPlan.load(tmp_path / "plan.npz")
   assert artifacts.digest_of(opened) == artifacts.digest_of(plan)
-  assert {name: part.shape for name, part in opened.by_projection().items()} == dict.fromkeys(table.projections, (2, 2, 4))
+  shapes = {name: part.shape for name, part in opened.by_projection().items()}
+  assert shapes == dict.fromkeys(table.projections, (2, 2, 4))
 
 
 def test_bad_input_is_named():
   table = costs(0)
-  with pytest.raises(ValueError, match="unknown constraint 'experts', did you mean 'expert'|unknown constraint 'experts'"):
+  with pytest.raises(ValueError, match="unknown constraint 'experts'; did you mean 'expert'"):
     blocks.plan(table, 2.5, "experts")
   for average in (0.9, 4.1):
     with pytest.raises(ValueError, match="possible range"):

@@ -11,6 +11,7 @@ jax.config.update("jax_num_cpu_devices", 4)
 from tests.calibrate import channels_test as one
 
 assert jax.device_count() == 4
+one.by_example()
 mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 over = lambda body: jax.shard_map(body, mesh=mesh, in_specs=(jax.P("data"), jax.P()), out_specs=jax.P())
 around = over(lambda x, totals: jax.lax.psum(one.plain(x, totals), "data"))

@@ -9,7 +9,8 @@ N, RANK, DAMPING = 192, 32, 0.01
 SHAPES = {
     "power law": np.arange(1, N + 1.0) ** -1.0, "slow power law": np.arange(1, N + 1.0) ** -0.5,
     "fast power law": np.arange(1, N + 1.0) ** -1.5, "steep power law": np.arange(1, N + 1.0) ** -2.5,
-    "exponential": np.exp(-np.arange(N) / 20), "flat": np.ones(N), "two levels": np.r_[np.full(60, 5.0), np.full(132, 0.1)],
+    "exponential": np.exp(-np.arange(N) / 20), "flat": np.ones(N),
+    "two levels": np.r_[np.full(60, 5.0), np.full(132, 0.1)],
     "lognormal": np.exp(np.random.default_rng(1).normal(0, 1.5, N)),
     "singular": np.r_[np.arange(1, 21.0), np.zeros(N - 20)], "half dead": np.r_[np.ones(96), np.zeros(96)]}
 

@@ -31,9 +31,9 @@ D, F, E, T = 24, 32, 3, 600
 
 @functools.cache
 def toy() -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray]:
-  """Experts `{name: [E, K, N]}`, tokens `[T, D]`, each one's expert, and the output's Hessian `[D, D]`: the loss of a token
-  is `1/2 d^T H d` for a change d of the output, plus a random linear term whose variance is H, so that the Fisher matrix
-  is the Gauss-Newton matrix. Inputs are correlated, rows of the weights have unequal scales."""
+  """Experts `{name: [E, K, N]}`, tokens `[T, D]`, each one's expert, and the output's Hessian `[D, D]`: the loss of a
+  token is `1/2 d^T H d` for a change d of the output, plus a random linear term whose variance is H, so that the Fisher
+  matrix is the Gauss-Newton matrix. Inputs are correlated, rows of the weights have unequal scales."""
   rng = np.random.default_rng(0)
   row = lambda n, spread: np.exp(rng.normal(0, spread, n))
   w = {"gate": rng.normal(0, D**-0.5, (E, D, F)) * row(F, 0.7), "up": rng.normal(0, D**-0.5, (E, D, F)) * row(F, 0.7),
@@ -147,11 +147,12 @@ def expected_statistical(w: np.ndarray, kind: str, alpha: float) -> np.ndarray:
 @pytest.mark.parametrize("axis", channels.AXES)
 def test_the_statistical_score_is_its_formula(kind: str, axis: str):
   rng = np.random.default_rng(0)
-  experts = {"gate": rng.standard_t(3, (2, 40, 9)), "up": rng.normal(size=(2, 40, 9)), "down": rng.standard_t(3, (2, 9, 40))}
+  experts = {"gate": rng.standard_t(3, (2, 40, 9)), "up": rng.normal(size=(2, 40, 9)),
+             "down": rng.standard_t(3, (2, 9, 40))}
   experts["up"] += 2 * rng.normal(size=(2, 40, 1)) * rng.normal(size=(2, 1, 9))  # a top singular direction
   experts["down"] *= np.exp(rng.normal(0, 1, (2, 9, 1)))
-  shapes = {name: w.shape[1:] for name, w in experts.items()}
-  empty = encoding.error_table([{"weight": np.zeros((2, 1, 1))}], shapes, widths=(2,), codec=codecs.get("rtn"), axis=axis)
+  shapes, codec = {name: w.shape[1:] for name, w in experts.items()}, codecs.get("rtn")
+  empty = encoding.error_table([{"weight": np.zeros((2, 1, 1))}], shapes, widths=(2,), codec=codec, axis=axis)
   found = scores.statistical(scores.Evidence(empty, [experts]), kind, 0.3)
   rows = [w.transpose(0, 2, 1) if channels.along(name, axis) else w for name, w in experts.items()]
   wanted = [np.concatenate([expected_statistical(part[e], kind, 0.3) for part in rows]) for e in range(2)]
@@ -233,8 +234,9 @@ def test_an_expert_without_tokens_costs_nothing_by_gradients_and_something_by_we
 def test_what_is_wrong_is_named():
   e = evidence()
   for spec, error, said in (
-      ("fisher_eror", registry.SpecError, "did you mean 'fisher_error'"), ("fisher_error(eta=1)", registry.SpecError, "eta"),
-      ("fisher_error(0)", registry.SpecError, "given by name"), ("statistical_error(kind='max')", ValueError, "unknown kind"),
+      ("fisher_eror", registry.SpecError, "did you mean 'fisher_error'"),
+      ("fisher_error(eta=1)", registry.SpecError, "eta"), ("fisher_error(0)", registry.SpecError, "given by name"),
+      ("statistical_error(kind='max')", ValueError, "unknown kind"),
       ("statistical_error(alpha=2)", ValueError, "in \\[0, 1\\]")):
     with pytest.raises(error, match=said):
       scores.as_cost(spec, e)
