@@ -106,7 +106,8 @@ class BlockCosts(artifacts.Saved):
     projection: `[J]` int64, the place in `projections` that a unit is part of; ascending.
     sizes: `[J]` int64, weights of a unit.
     axis: one of `AXES`.
-    block: channels of a unit; the last unit of a projection may have fewer.
+    block: channels of a unit of gate and up; the last unit of a projection may have fewer.
+    down_block: channels of a unit of down, which may be larger: it must be whole scale groups.
     order: `[L, E, F]` int32, which neuron stands at each place, or `None` for the model's own order.
   """
 
@@ -119,6 +120,7 @@ class BlockCosts(artifacts.Saved):
   sizes: np.ndarray
   axis: str = "neurons"
   block: int = 1
+  down_block: int = 1
   order: np.ndarray | None = None
 
   def part(self, name: str) -> slice:
@@ -147,6 +149,7 @@ class BlockPlan(artifacts.Saved):
   sizes: np.ndarray
   axis: str = "neurons"
   block: int = 1
+  down_block: int = 1
   order: np.ndarray | None = None
   predicted: float | None = None
   lower_bound: float | None = None

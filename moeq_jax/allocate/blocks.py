@@ -101,7 +101,7 @@ def plan(costs: channels.BlockCosts, average: float, constraint: str = "none", *
 def as_plan(costs: channels.BlockCosts, bits: np.ndarray, method: str, average: float,
             **promised: float | str | None) -> channels.BlockPlan:
   """A plan for the units of `costs`."""
-  same = {name: getattr(costs, name) for name in ("projections", "projection", "sizes", "axis", "block", "order")}
+  same = {name: getattr(costs, name) for name in ("projections", "projection", "sizes", "axis", "block", "down_block", "order")}
   return channels.BlockPlan(bits, method, average, **same, **promised)
 
 
@@ -137,18 +137,23 @@ def ordered(costs: channels.BlockCosts, neurons: np.ndarray) -> channels.BlockCo
   return dataclasses.replace(costs, cost=cost, order=np.asarray(neurons, np.int32))
 
 
-def merged(costs: channels.BlockCosts, block: int) -> channels.BlockCosts:
-  """The costs of blocks of `block` neighbouring channels; where a projection's do not divide, its last has fewer.
+def merged(costs: channels.BlockCosts, block: int, down_block: int | None = None) -> channels.BlockCosts:
+  """The costs of blocks of `block` neighbouring channels, of `down_block` in down where that is another number; where a
+  projection's channels do not divide, its last block has fewer.
 
   Raises:
     ValueError: a block that the units of the table do not add up to.
   """
-  if block < 1 or block % costs.block:
-    raise ValueError(f"blocks of {block} channels cannot be made of units of {costs.block}; take a multiple")
+  down_block = block if down_block is None else down_block
+  for wanted, held in ((block, costs.block), (down_block, costs.down_block)):
+    if wanted < 1 or wanted % held:
+      raise ValueError(f"blocks of {wanted} channels cannot be made of units of {held}; take a multiple")
   ends = np.searchsorted(costs.projection, np.arange(len(costs.projections) + 1))
-  starts = np.concatenate([np.arange(*pair, block // costs.block) for pair in zip(ends, ends[1:])])
-  return dataclasses.replace(costs, cost=np.add.reduceat(costs.cost, starts, axis=2), block=block,
-                             projection=costs.projection[starts], sizes=np.add.reduceat(costs.sizes, starts))
+  steps = [down_block // costs.down_block if name == "down" else block // costs.block for name in costs.projections]
+  starts = np.concatenate([np.arange(*pair, step) for *pair, step in zip(ends, ends[1:], steps)])
+  return dataclasses.replace(
+      costs, cost=np.add.reduceat(costs.cost, starts, axis=2), projection=costs.projection[starts],
+      sizes=np.add.reduceat(costs.sizes, starts), block=block, down_block=down_block)
 
 
 def _with_neurons(costs: channels.BlockCosts) -> list[str]:
@@ -156,5 +161,6 @@ def _with_neurons(costs: channels.BlockCosts) -> list[str]:
 
 
 def _check_rows(costs: channels.BlockCosts) -> None:
-  if costs.block != 1:
-    raise ValueError(f"neurons are put in order before they are merged into blocks, not in blocks of {costs.block}")
+  if (costs.block, costs.down_block) != (1, 1):
+    raise ValueError("neurons are put in order before they are merged into blocks, not in blocks of"
+                     f" {costs.block} and {costs.down_block}")

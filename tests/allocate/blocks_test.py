@@ -154,6 +154,9 @@ def test_blocks_that_do_not_divide_end_in_a_smaller_one():
   np.testing.assert_allclose(made.cost.sum(2), table.cost.sum(2))
   np.testing.assert_allclose(made.cost[..., 2, :], table.cost[..., 8:10, :].sum(2))
   np.testing.assert_allclose(blocks.merged(blocks.merged(table, 2), 4).cost, made.cost)
+  coarser = blocks.merged(table, 2, down_block=5)  # blocks of down are whole scale groups
+  assert np.bincount(coarser.projection).tolist() == [5, 5, 2] and (coarser.block, coarser.down_block) == (2, 5)
+  np.testing.assert_allclose(coarser.cost[..., -1, :], table.cost[..., -5:, :].sum(2))
   for block in (0, 6):
     with pytest.raises(ValueError, match="take a multiple"):
       blocks.merged(made, block)
