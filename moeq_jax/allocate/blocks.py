@@ -101,7 +101,8 @@ def plan(costs: channels.BlockCosts, average: float, constraint: str = "none", *
 def as_plan(costs: channels.BlockCosts, bits: np.ndarray, method: str, average: float,
             **promised: float | str | None) -> channels.BlockPlan:
   """A plan for the units of `costs`."""
-  same = {name: getattr(costs, name) for name in ("projections", "projection", "sizes", "axis", "block", "down_block", "order")}
+  shared = ("projections", "projection", "sizes", "axis", "block", "down_block", "order")
+  same = {name: getattr(costs, name) for name in shared}
   return channels.BlockPlan(bits, method, average, **same, **promised)
 
 
