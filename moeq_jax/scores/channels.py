@@ -75,7 +75,8 @@ def statistical(evidence: Evidence, kind: str = "kurtosis", alpha: float = 0.5) 
     for name in evidence.errors.projections:
       w = jnp.asarray(experts[name], jnp.float32)
       part = np.asarray(_statistical(kind, alpha, channels.along(name, evidence.errors.axis), w), np.float64)
-      for expert, *_ in np.argwhere(~np.isfinite(part))[:1]:
+      finite = np.asarray(jnp.isfinite(w).all(axis=(1, 2))) & np.isfinite(part).all(axis=1)
+      for expert in np.flatnonzero(~finite)[:1]:
         raise ValueError(f"layer {layer}, {name} of expert {expert}: its weights are not finite, or too large to be"
                          " squared in float32; the checkpoint is damaged")
       parts.append(part)

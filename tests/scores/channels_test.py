@@ -186,7 +186,7 @@ def test_the_condition_counts_for_codecs_that_round_and_not_for_gptq():
   assert scores.as_cost("fisher_error", e).units == "arbitrary"
   assert scores.as_cost("fisher_error(zeta=0)", e).units == "nats"
   table = scores.as_cost("statistical_error(kind='singular', alpha=1)", e)
-  assert table.units == "arbitrary" and table.score == "statistical_error(alpha=1, kind='singular')"
+  assert table.units == "arbitrary" and table.score == "statistical_error(alpha=1, kind=singular)"
   assert table.cost.shape == e.errors.weight.shape and (table.cost >= 0).all()
 
 
