@@ -134,7 +134,7 @@ def _show(result: dict[str, Any]) -> None:
                               f" limits {MOST_OVER_ROUTER} of time and memory over the router-gradient pass,"
                               f" {MOST_OVER_FORWARD} over the forward pass")
   for heading in ("model", *PASSES, "by router pass", "by forward", "memory of a layer, MB", "by router pass"):
-    table.add_column(heading, justify="left" if heading == "model" else "right")
+    table.add_column(heading, justify="left" if heading == "model" else "right", no_wrap=heading == "model")
   for row in result["results"]:
     table.add_row(row["model"], *(f"{row['seconds'][name]:.3f}" for name in PASSES), f"{row['over_router']:.3f}",
                   f"{row['over_forward']:.2f}", f"{row['layer_bytes']['with taps'] / 1e6:.0f}",
