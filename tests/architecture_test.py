@@ -18,7 +18,7 @@ PACKAGE = ROOT / "moeq_jax"
 MOST_LINES = 400
 
 LAYERS = {
-    0: ("artifacts", "qtensor", "planar", "unpacking", "shards", "container", "registry", "tensor_files"),
+    0: ("artifacts", "channels", "qtensor", "planar", "unpacking", "shards", "container", "registry", "tensor_files"),
     1: ("codecs", "kernels", "sharding", "checkpoint", "data", "results", "progress", "steps", "span_corruption"),
     2: ("models",),
     3: ("train", "calibrate", "encode", "scores", "allocate", "assemble", "evaluate", "export", "theory"),

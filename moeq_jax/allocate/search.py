@@ -48,8 +48,10 @@ class _Dual:
     return self.price * self.slack + self.noise
 
 
-def best(instance: instances.Instance) -> tuple[np.ndarray, float]:
+def best(instance: instances.Instance, largest_table: int | None = None) -> tuple[np.ndarray, float]:
   """Returns the best choice `[U]` and by how much the optimum may lie below its cost (only rounding if exact).
+
+  With `largest_table` the search gives up the proof where it would need a larger one, and returns the best found.
 
   Rounding: a term of the bound and a reduced cost carry a relative error of at most 2^-51, a sum of n changes at most
   n 2^-53 of its terms; `tolerance` is more than all of them together.
@@ -57,7 +59,7 @@ def best(instance: instances.Instance) -> tuple[np.ndarray, float]:
   dual = _dual(instance)
   choice, gain = dual.base.copy(), 0.0  # gain: cost of the incumbent less cost of the base, at most 0
   tolerance = 2.0**-48 * dual.magnitude
-  limit, states = _FIRST_UNITS, _FIRST_STATES
+  limit, states, finished = _FIRST_UNITS, _FIRST_STATES, instance.exact
   while dual.gap + gain > tolerance:
     core = _core(instance, dual, dual.gap + gain, limit)
     gain, left_out = core.improve(choice, dual, gain, tolerance - dual.gap, states)
@@ -66,7 +68,10 @@ def best(instance: instances.Instance) -> tuple[np.ndarray, float]:
     if not (instance.exact and (cut_units or cut_states)):
       break
     limit, states = (limit, 8 * states) if cut_states else (4 * limit, states)
-  remaining = 0.0 if instance.exact else dual.gap + gain + dual.price * instance.error
+    if largest_table and limit * states > largest_table:
+      finished = False
+      break
+  remaining = 0.0 if finished else dual.gap + gain + dual.price * instance.error
   units = len(instance.order)
   return instance.order[np.arange(units), choice[:units]], math.ldexp(remaining + tolerance, instance.exponent)
 

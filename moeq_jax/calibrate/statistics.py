@@ -5,7 +5,7 @@ running each block once more to differentiate it. Only one block's weights and g
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -143,6 +143,14 @@ def finish(functions: Any, blocks: Sequence[Any], sums: Sequence[dict[str, jax.A
       **stacked,
       **absent,
   )
+
+
+def check_finite(stacked: Mapping[str, np.ndarray]) -> None:
+  """Raises `ValueError` for a sum `[L, E, ...]` that is not finite; names it, its layer and its expert."""
+  for name, values in stacked.items():
+    for layer, expert, *_ in np.argwhere(~np.isfinite(values))[:1]:
+      raise ValueError(f"calibration: {name} of layer {layer}, expert {expert} is not finite; the model overflows"
+                       " in this compute dtype, or the checkpoint is damaged")
 
 
 def collect(functions: Any, top: Any, blocks: Sequence[Any], batches: Sequence[Any], *,

@@ -14,7 +14,7 @@ import numpy as np
 
 from moeq_jax import artifacts, codecs
 
-_MOMENT = {"gate": "moment_in", "up": "moment_in", "down": "moment_mid"}
+MOMENT = {"gate": "moment_in", "up": "moment_in", "down": "moment_mid"}
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -70,7 +70,7 @@ def encode_layer(experts: Mapping[str, Any], stats: artifacts.Stats, layer: int,
   for name in names(experts):
     w = jnp.asarray(experts[name], jnp.float32)
     codecs.check_finite(w, f"layer {layer}, {name}")
-    moment = jnp.asarray(getattr(stats, _MOMENT[name])[layer])
+    moment = jnp.asarray(getattr(stats, MOMENT[name])[layer])
     grad_sq = jnp.asarray(getattr(stats, f"grad_sq_{name}")[layer])
     encoded, per_width = [], []
     for bits in widths:

@@ -35,7 +35,7 @@ def test_values_gradients_and_sums(compiled: bool, dtype: jnp.dtype, sizes: list
 
 def test_rows_past_the_last_group_belong_to_nobody():
   rows = jnp.ones((6, 2))
-  np.testing.assert_array_equal(taps.group_sum(rows, jnp.array([2, 0, 1], jnp.int32)), [[2, 2], [0, 0], [1, 1]])
+  np.testing.assert_array_equal(taps.group_squares(rows, jnp.array([2, 0, 1], jnp.int32)), [[2, 2], [0, 0], [1, 1]])
 
 
 def test_it_goes_through_scan_and_remat():
