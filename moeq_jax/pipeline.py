@@ -15,8 +15,7 @@ import ml_collections
 import numpy as np
 from rich import console as rich_console
 
-from moeq_jax import (
-    artifacts, codecs, conditions, progress, registry, report, results, runs, scores, steps, workspace)
+from moeq_jax import artifacts, codecs, conditions, progress, registry, report, results, runs, scores, steps, workspace
 from moeq_jax.allocate import methods
 from moeq_jax.assemble import apply
 from moeq_jax.calibrate import statistics

@@ -20,7 +20,6 @@ from moeq_jax import artifacts, data, registry
 from moeq_jax.models import convert, decoder, hf_config
 from moeq_jax.train import loop
 
-
 # What `config.text` may name, functions of `data`: all of the training text, or the part of it that is read in seconds.
 TEXTS = ("training", "calibration")
 

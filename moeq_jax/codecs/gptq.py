@@ -142,7 +142,8 @@ def _encode_panel(slabs: jax.Array, valid: jax.Array | None, factor: jax.Array, 
       pull = inside if pull is None else pull + inside
       state = x + solve_lower(square.T, pull)
     scale, zero = grid.SEARCH[spec.grid](state, mask, width)
-    codes, own = _encode_blocks(x, pull, square, block, (scale, zero, jnp.broadcast_to(grid.top_code(width), scale.shape)))
+    top = jnp.broadcast_to(grid.top_code(width), scale.shape)
+    codes, own = _encode_blocks(x, pull, square, block, (scale, zero, top))
     return jax.lax.dynamic_update_slice_in_dim(error, own, index * size, axis=0), (codes, scale, zero)
 
   nothing = jnp.zeros((groups * size, columns), jnp.float32)

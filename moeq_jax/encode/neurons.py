@@ -1,9 +1,9 @@
 """Experts in blocks of neurons, each block with widths of its own.
 
-The F neurons of an expert can be put into any order: columns of gate and up, and rows of down alike. The expert computes
-the same, so the order costs nothing when it runs. Sorted by how sensitive they are, neurons that need the same width lie
-together, and a block of them is a unit that storage and kernels know: a stripe of columns of gate and up, a K-block of
-rows of down (`qtensor.py`).
+The F neurons of an expert can be put into any order: columns of gate and up, and rows of down alike. The expert
+computes the same, so the order costs nothing when it runs. Sorted by how sensitive they are, neurons that need the same
+width lie together, and a block of them is a unit that storage and kernels know: a stripe of columns of gate and up, a
+K-block of rows of down (`qtensor.py`).
 
   gate, up [D, F]   F in NB stripes          down [F, D]   F in NB K-blocks of whole scale groups
 """

@@ -18,7 +18,6 @@ nothing for rows padded on the right, while padding on the left displaces tokens
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp

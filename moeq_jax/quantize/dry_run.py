@@ -75,7 +75,7 @@ def outlook(config: ml_collections.ConfigDict, run: workspace.Workdir) -> Outloo
   method, known = initial.expected(config, source)
   if config.method != method:
     checked.append(f"initial routers are not known: {config.method} becomes {method} (config.missing_routers)")
-  for name, (k, n) in measure.projection_shapes(subject).items():
+  for name, (k, _) in measure.projection_shapes(subject).items():
     if codec.group and k % codec.group:
       checked.append(f"{name}: its {k} rows do not fill groups of {codec.group}; the last one is short")
   bits = room.budget(config, subject, codec.group)

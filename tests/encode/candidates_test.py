@@ -10,6 +10,7 @@ from moeq_jax import artifacts, codecs
 from moeq_jax.encode import candidates
 from tests import tiny
 
+
 @pytest.mark.parametrize("spec", ["rtn(group=32)", "gptq(group=32)"])
 def test_errors_equal_the_formulas_on_decoded_weights(spec: str):
   layers, table = tiny.encoded(spec)

@@ -89,7 +89,8 @@ def test_equal_blocks_are_the_whole_expert(text: str):
   experts, moments = _layer(4)
   codec = codecs.get(text)
   bits = np.array([2, 4, 3])
-  found = neurons.encode_layer(experts, {name: np.repeat(bits[:, None], 4, 1) for name in experts}, moments, codec=codec)
+  widths = {name: np.repeat(bits[:, None], 4, axis=1) for name in experts}
+  found = neurons.encode_layer(experts, widths, moments, codec=codec)
   for name, w in experts.items():
     for e in range(E):
       wanted = codec.encode(jnp.asarray(w[e]), int(bits[e]), jnp.asarray(moments[name][e]))
