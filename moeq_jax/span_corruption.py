@@ -11,6 +11,8 @@ The released T5 code leaves the last sentinel out and ends with the end-of-text 
 here, to neither side.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 
@@ -41,7 +43,7 @@ def span_corruption(tokens: np.ndarray, *, sentinel_first: int, density: float =
   tokens = np.asarray(tokens)
   noise, spans = _counts(tokens, density, mean)
   sentinels = sentinel_first - np.arange(spans + 1)
-  if tokens.min() < 0 or max(tokens.max(), -1) >= sentinels[-1]:
+  if tokens.min() < 0 or sentinels[-1] < 0 or np.isin(tokens, sentinels).any():
     raise SpanError(f"tokens from {tokens.min()} to {tokens.max()}, {spans + 1} sentinels from {sentinel_first} down:"
                     " a token of the text would be a sentinel; take shorter texts, fewer spans or other sentinels")
   taken = _composition(noise, spans, rng)
@@ -53,6 +55,31 @@ def span_corruption(tokens: np.ndarray, *, sentinel_first: int, density: float =
   inputs = [*alternate(parts[::2], sentinels[:-1, None]), rest]
   targets = [*alternate(sentinels[:-1, None], parts[1::2]), sentinels[-1:]]
   return np.concatenate(inputs).astype(np.int32), np.concatenate(targets).astype(np.int32)
+
+
+def unused_sentinel(tokens: np.ndarray, vocabulary: int, *, reserved: Sequence[int] = (), density: float = 0.15,
+                    mean: float = 3.0) -> int:
+  """The largest `sentinel_first` whose sentinels all lie in the vocabulary and do not occur in the text: for models
+  whose vocabulary has no tokens made for that.
+
+  Args:
+    tokens: `[n]` integers, the text.
+    vocabulary: number of token ids.
+    reserved: ids that have another meaning, such as that of padding.
+    density, mean: as for `span_corruption`.
+
+  Raises:
+    SpanError: the text leaves no such run of ids free.
+  """
+  tokens = np.asarray(tokens)
+  wanted = _counts(tokens, density, mean)[1] + 1
+  taken = np.unique([*tokens.tolist(), *reserved])
+  edges = np.concatenate([[-1], taken, [vocabulary]])
+  free = np.flatnonzero(np.diff(edges) > wanted)
+  if not free.size:
+    raise SpanError(f"a text of {len(tokens)} tokens leaves no {wanted} neighbouring ids of {vocabulary} unused, which"
+                    " would stand for its spans; take shorter texts (config.length)")
+  return int(edges[free[-1] + 1]) - 1
 
 
 def _counts(tokens: np.ndarray, density: float, mean: float) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from moeq_jax.models import switch
 # What the installed packages give for each purpose.
 PURPOSES = {"calibration": lambda: data.calibration(), "evaluation": lambda: data.held_out()}
 CHARACTERS = 24  # of text read for every token of calibration: more than any tokenizer needs
-SENTINEL = "<extra_id_0>"  # of the first span, in tokenizers of T5's kind; else the last token of the vocabulary
+SENTINEL = "<extra_id_0>"  # of the first span, in tokenizers of T5's kind; others have ids that a text does not use
 PIECE, TOGETHER = 1 << 16, 16  # characters of a piece that is tokenized; pieces at a time
 WHOLE = 1 << 22  # bytes up to which a text file is read from end to end, however few tokens are asked for
 DATA_FREE = "without data: --config=configs/quantize.py:data_free"
@@ -93,7 +93,7 @@ def read(purpose: str, config: ml_collections.ConfigDict, directory: Path, model
   Raises:
     ValueError: no tokenizer, too little text, or tokens that the model does not have; names the file and the remedy.
   """
-  part, first, length = config[purpose], model.vocab_size - 1, _length(purpose, config.length, model)
+  part, first, length = config[purpose], None, _length(purpose, config.length, model)
   if part.tokens:
     rows, about = read_tokens(Path(part.tokens), part.sequences, length, model.vocab_size), part.tokens
   else:
@@ -106,7 +106,7 @@ def read(purpose: str, config: ml_collections.ConfigDict, directory: Path, model
     else:
       rows, about = _packages(purpose, part.sequences, length, tokenizer, separator), "the installed packages"
     _check_tokens(rows, model.vocab_size, directory / "tokenizer.json")
-    first = tokenizer.token_to_id(SENTINEL) or first
+    first = tokenizer.token_to_id(SENTINEL)
   rows = rows.astype(np.int32)
   batches: list[Any] = [rows[i : i + config.batch] for i in range(0, len(rows), config.batch)]
   if isinstance(model, switch.SwitchConfig):
@@ -124,20 +124,25 @@ def _length(purpose: str, asked: int, model: Any) -> int:
   return min(asked, positions)
 
 
-def corrupted(rows: np.ndarray, model: switch.SwitchConfig, first: int, seed: Sequence[int],
+def corrupted(rows: np.ndarray, model: switch.SwitchConfig, first: int | None, seed: Sequence[int],
               density: float = 0.15) -> dict[str, np.ndarray]:
   """Sequences `[B, S]` as a batch of an encoder-decoder: spans are taken out, and both sides end with the end of text.
 
   Args:
     rows: tokens.
     model: names the end of text and the padding.
-    first: the sentinel of the first span; the others count down from it.
+    first: the sentinel of the first span; the others count down from it. None: ids that the sequence does not use.
     seed: of the spans.
     density: share of the tokens that is taken out.
   """
   rng, end = np.random.default_rng(seed), model.eos_token_id
   end = end if isinstance(end, int) else end[0]
-  pairs = [span_corruption.span_corruption(row, sentinel_first=first, density=density, rng=rng) for row in rows]
+  pairs, reserved = [], (end, model.pad_token_id, model.decoder_start_token_id)
+  for row in rows:
+    sentinel = first
+    if first is None:
+      sentinel = span_corruption.unused_sentinel(row, model.vocab_size, reserved=reserved, density=density)
+    pairs.append(span_corruption.span_corruption(row, sentinel_first=sentinel, density=density, rng=rng))
   ended = ([[*side.tolist(), end] for side in sides] for sides in zip(*pairs))
   return switch.batch(*ended, model)
 

@@ -106,3 +106,20 @@ def test_sentinels_may_begin_right_above_the_text():
 def test_what_cannot_be_corrupted_is_named(tokens, options: dict, said: str):
   with pytest.raises(SpanError, match=said):
     corrupt(tokens, **options)
+
+
+@pytest.mark.parametrize(("tokens", "reserved", "first"), [
+    (range(20), (), 99), ([99, *range(19)], (), 98), ([97, *range(19)], (), 96), ([*range(19), 60], (99, 97, 61), 96)])
+def test_unused_sentinels_are_the_largest_free_run(tokens, reserved, first: int):
+  tokens = np.array([*tokens])
+  found = span_corruption.unused_sentinel(tokens, 100, reserved=reserved, density=0.3)
+  assert found == first
+  inputs, targets = span_corruption.span_corruption(tokens, sentinel_first=found, density=0.3,
+                                                    rng=np.random.default_rng(0))
+  assert not set(range(found - 2, found + 1)) & {*tokens.tolist(), *reserved}  # two spans, three sentinels
+  assert inputs.max() < 100 and targets[0] == found
+
+
+def test_a_text_that_uses_every_id_is_refused():
+  with pytest.raises(SpanError, match=r"no 3 neighbouring ids of 20 unused.*take shorter texts"):
+    span_corruption.unused_sentinel(np.arange(20), 20, density=0.3)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 from pathlib import Path
 
 import ml_collections
@@ -10,6 +11,7 @@ import pytest
 import tokenizers
 
 from moeq_jax import data, user_text
+from moeq_jax.models import switch
 from tests import tiny
 
 
@@ -178,3 +180,13 @@ def test_a_tokenizer_of_another_model_is_refused(checkpoint: Path, tmp_path: Pat
   (tmp_path / "mine.txt").write_text("w0 w2\n" * 90)
   with pytest.raises(ValueError, match="tokenizer.json: gives token 321, config.json says vocab_size 320"):
     read(tmp_path, **{"calibration.text": str(tmp_path / "mine.txt")})
+
+
+def test_spans_without_sentinels_in_the_vocabulary_take_ids_that_the_sequence_does_not_use():
+  model = types.SimpleNamespace(vocab_size=64, eos_token_id=1, pad_token_id=0, decoder_start_token_id=0)
+  rows = np.stack([np.arange(2, 42), np.arange(24, 64)])
+  batch = user_text.corrupted(rows, model, None, [0])
+  for row, inputs, targets in zip(rows, batch["inputs"], batch["targets"], strict=True):
+    sentinels = set(targets.tolist()) - set(row.tolist()) - {1, switch.NO_TARGET}
+    assert len(sentinels) == 3 and min(sentinels) > 1  # two spans, and the end
+    assert sentinels & set(inputs.tolist())

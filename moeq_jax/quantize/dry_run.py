@@ -121,7 +121,7 @@ def _text(config: ml_collections.ConfigDict, purpose: str, model: hf_config.Conf
   rows = np.zeros((config.batch, config.length), np.int32)
   batch: Any = rows
   if isinstance(model, switch.SwitchConfig):
-    batch = user_text.corrupted(rows, model, model.vocab_size - 1, [0])
+    batch = user_text.corrupted(rows, model, None, [0])
   return user_text.Text([batch] * (count // config.batch), "", "")
 
 
