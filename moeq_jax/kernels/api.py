@@ -18,7 +18,25 @@ from jax import custom_batching, lax
 from moeq_jax.kernels import cpu, cpu_int8, reference, varying
 from moeq_jax.qtensor import QTensor
 
-Weights = jax.Array | QTensor
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["view"], meta_fields=["backend", "shape"])
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+  """Packed weights in the view of one back-end; a pytree, made by `prepare`.
+
+  Attributes:
+    view: what the back-end's module calls its view.
+    backend: its name in `BACKENDS`.
+    shape: `(E, K, N)`.
+  """
+
+  view: Any
+  backend: str
+  shape: tuple[int, int, int]
+
+
+Weights = jax.Array | QTensor | Prepared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +51,7 @@ class Backend:
       `cpu_loop.alike`, where that takes less than two products; else None.
     activations: which of `ACTIVATIONS` it computes with.
     proven: whether it has run on the device that it is made for; until then it is taken only when asked for by name.
+    prepare: packed weights -> the view in which it reads them; None: it reads the QTensor as it is.
   """
 
   supports: Callable[[tuple[int, int, int, int], tuple[jnp.dtype, jnp.dtype | None], str], str | None]
@@ -41,20 +60,21 @@ class Backend:
   gated: Callable[..., jax.Array] | None = None
   activations: str = "exact"
   proven: bool = True
+  prepare: Callable[[QTensor], Any] | None = None
 
 
-def _late(module: str) -> list[Callable[..., Any]]:
-  """`supports`, `forward`, `backward` of a module imported when one is called: importing Pallas takes a second."""
+def _late(module: str) -> dict[str, Callable[..., Any]]:
+  """The functions of a module that is imported when one is called: importing Pallas takes a second."""
   def function(name: str) -> Callable[..., Any]:
     return lambda *args, **kwargs: getattr(importlib.import_module(f"moeq_jax.kernels.{module}"), name)(*args, **kwargs)
 
-  return [function(name) for name in ("supports", "forward", "backward")]
+  return {name: function(name) for name in ("supports", "forward", "backward", "prepare")}
 
 
 ACTIVATIONS = ("exact", "int8")
 BACKENDS = {  # in order of preference
-  "pallas_tpu": Backend(*_late("pallas_tpu"), proven=False),
-  "pallas_gpu": Backend(*_late("pallas_gpu"), proven=False),
+  "pallas_tpu": Backend(**_late("pallas_tpu"), proven=False),
+  "pallas_gpu": Backend(**_late("pallas_gpu"), proven=False),
   "cpu": Backend(cpu.supports, cpu.forward, cpu.backward, cpu.gated),
   "cpu_int8": Backend(cpu_int8.supports, cpu_int8.forward, cpu_int8.backward, cpu_int8.gated, "int8"),
   "reference": Backend(reference.supports, reference.forward, reference.backward),
@@ -76,9 +96,9 @@ def grouped_matmul(
   Args:
     x: `[T, K]` float32 or bfloat16, the rows of expert 0 first. Its dtype is that of the products: float32 weights for
       float32 rows, bfloat16 weights with float32 accumulation for bfloat16 rows.
-    w: `[E, K, N]` array or QTensor. Inside `shard_map` a QTensor holds one shard.
+    w: `[E, K, N]` array, QTensor, or what `prepare` made of one. Inside `shard_map` a QTensor holds one shard.
     group_sizes: `[E]` int32, rows of each expert, zero allowed; they sum to T.
-    backend: a name in `BACKENDS`; by default the first proven one that takes the problem.
+    backend: a name in `BACKENDS`; by default that of prepared weights, or the first proven one that takes the problem.
     out_dtype: float32 or bfloat16; by default that of x.
     activations: `"exact"`, or `"int8"`: rows are quantized to 8 bits where there are few (about half a percent of the
       output's norm is lost; the gradient is that of the exact product). Never used unless asked for.
@@ -96,7 +116,30 @@ def grouped_matmul(
   for name, dtype in (("x", x.dtype), ("out_dtype", out_dtype)):
     if dtype not in DTYPES:
       raise ValueError(f"grouped_matmul: {name} is {dtype}; it takes float32 and bfloat16")
-  return _matmul(choose(x, w, backend, activations=activations), out_dtype, *varying.unify(x, w, group_sizes))
+  name = choose(x, w, backend, activations=activations)
+  view = w.view if isinstance(w, Prepared) else w
+  return _matmul(name, out_dtype, *varying.unify(x, view, group_sizes))
+
+
+def prepare(q: QTensor, backend: str | None = None) -> QTensor | Prepared:
+  """Packed weights as a back-end reads them, to be made once, when a model is loaded, and not at every call.
+
+  Args:
+    q: one shard.
+    backend: a name in `BACKENDS`; by default the back-ends that `grouped_matmul` takes by itself, which read QTensors.
+
+  Returns:
+    `q` itself where the back-end reads it as it is. Views of `pallas_gpu` are for inference: they have no gradient.
+
+  Raises:
+    ValueError: an unknown back-end, a damaged QTensor, or one that the back-end cannot view.
+  """
+  if backend is not None and backend not in BACKENDS:
+    raise ValueError(f"prepare: unknown back-end {backend!r}; there are {list(BACKENDS)}")
+  _check_packed(q)
+  if backend is None or BACKENDS[backend].prepare is None:
+    return q
+  return Prepared(BACKENDS[backend].prepare(jax.tree.map(jnp.asarray, q)), backend, q.shape)
 
 
 def checked(group_sizes: jax.Array, x: jax.Array, w: Weights) -> jax.Array:
@@ -107,6 +150,8 @@ def checked(group_sizes: jax.Array, x: jax.Array, w: Weights) -> jax.Array:
   """
   if isinstance(w, QTensor):
     _check_packed(w)
+  elif isinstance(w, Prepared):
+    pass
   elif not (hasattr(w, "dtype") and jnp.issubdtype(w.dtype, jnp.floating)):
     raise ValueError(f"grouped_matmul: w is {getattr(w, 'dtype', type(w).__name__)}, and weights are floating-point"
                      " arrays or QTensors; packed bytes need their QTensor (qtensor.pack, container.load)")
@@ -140,7 +185,11 @@ def choose(x: jax.Array, w: Weights, backend: str | None = None, device: str | N
     raise ValueError(f"grouped_matmul: unknown back-end {backend!r}; there are {list(BACKENDS)}")
   if activations not in ACTIVATIONS:
     raise ValueError(f"grouped_matmul: activations={activations!r} is not one of {ACTIVATIONS}")
-  dtypes = x.dtype, None if isinstance(w, QTensor) else w.dtype
+  if isinstance(w, Prepared):
+    if backend not in (None, w.backend):
+      raise ValueError(f"grouped_matmul: w was prepared for {w.backend}, and {backend} cannot read it; give the QTensor")
+    backend = w.backend
+  dtypes = x.dtype, None if isinstance(w, QTensor | Prepared) else w.dtype
   shape, reasons = (x.shape[0], *w.shape), []
   for name in [backend] if backend else (n for n, b in BACKENDS.items() if b.proven and b.activations == activations):
     reason = BACKENDS[name].supports(shape, dtypes, device or jax.default_backend())

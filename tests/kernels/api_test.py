@@ -133,3 +133,13 @@ def test_rematerialisation_and_scan_over_layers():
   for part in reversed(made):
     wanted = conformance.expected(wanted, part.values.swapaxes(1, 2), sizes)
   assert conformance.difference(pull(jnp.asarray(dy))[0], wanted) < 1e-5
+
+
+def test_backends_that_read_qtensors_prepare_nothing():
+  made = conformance.packed(2, (2, 64, 32))
+  for name in (None, "cpu", "cpu_int8", "reference"):
+    assert api.prepare(made.q, name) is made.q
+  with pytest.raises(ValueError, match="unknown back-end 'gpu'"):
+    api.prepare(made.q, "gpu")
+  with pytest.raises(ValueError, match="not uint8"):
+    api.prepare(dataclasses.replace(made.q, buffer=made.q.buffer.astype(np.int32)), "cpu")

@@ -17,7 +17,7 @@ import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 from jax.experimental.pallas import tpu as pltpu
 
-from moeq_jax import qtensor
+from moeq_jax import kernels, qtensor
 from moeq_jax.bench import _tpu_compile
 from moeq_jax.kernels import api, pallas_tpu, shapes, tpu_view
 from tests import conformance
@@ -194,6 +194,19 @@ def test_forward_and_backward_take_the_view_of_each_chip(
   dx, dw = jax.jit(pallas_tpu.backward)(x, view, jnp.asarray(sizes), dy)
   assert dw is None
   assert conformance.difference(dx, conformance.expected(dy, made.values.swapaxes(1, 2), sizes)) < 1e-5
+
+
+def test_weights_prepared_at_load_go_through_the_door():
+  made = conformance.packed(np.array([2, 4]), (2, 512, 128))
+  sizes, x = np.array([3, 4], np.int32), conformance.rows(7, 512)
+  w = kernels.prepare(made.q, "pallas_tpu")
+  assert (w.backend, w.shape) == ("pallas_tpu", made.q.shape) and not isinstance(w.view, qtensor.QTensor)
+  run = jax.jit(lambda x, w: kernels.grouped_matmul(x, w, sizes), compiler_options=QUICK)
+  assert conformance.difference(run(x, w), conformance.expected(x, made.values, sizes)) < 1e-5
+  with pytest.raises(ValueError, match="prepared for pallas_tpu, and cpu cannot read it"):
+    kernels.grouped_matmul(x, w, sizes, backend="cpu")
+  with pytest.raises(ValueError, match="are not .T, K., .E, K, N."):
+    kernels.grouped_matmul(x[:, :100], w, sizes)
 
 
 @pytest.mark.parametrize("paired", [True, False])
