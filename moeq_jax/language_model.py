@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import tokenizers
 
-from moeq_jax import options, progress, qtensor, runs
+from moeq_jax import kernels, options, progress, qtensor, runs
 from moeq_jax.evaluate import loglikelihood, text
 from moeq_jax.export import native
 from moeq_jax.models import convert, families, generate, gguf_file, switch
@@ -198,7 +198,8 @@ class LanguageModel:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def load(directory: str | Path, dtype: str = "float32", capacity: str = "sequence") -> LanguageModel:
+def load(directory: str | Path, dtype: str = "float32", capacity: str = "sequence",
+         backend: str | None = None) -> LanguageModel:
   """Opens a model.
 
   Args:
@@ -206,9 +207,12 @@ def load(directory: str | Path, dtype: str = "float32", capacity: str = "sequenc
       name is looked for here and then from the project's root.
     dtype: that it computes in, and that parameters have which are not quantized: one of `DTYPES`.
     capacity: of a Switch Transformer, one of `switch.CAPACITY`; nothing for others.
+    backend: for packed experts, whose view is then made here (`kernels.prepare`): one of `kernels.api.BACKENDS`, by
+      default the first proven one that takes them.
 
   Raises:
-    ValueError: a file is missing, damaged or of a model that is not supported; names it and the remedy.
+    ValueError: a file is missing, damaged or of a model that is not supported, or an unknown back-end; names it and
+      the remedy.
   """
   if dtype not in DTYPES:
     raise ModelError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
@@ -232,6 +236,8 @@ def load(directory: str | Path, dtype: str = "float32", capacity: str = "sequenc
     tokenizer, blocks = open_tokenizer(place, config), [checkpoint.block(l, kind) for l in range(checkpoint.layers)]
   modes = {"capacity": capacity} if isinstance(config, switch.SwitchConfig) else {}
   functions = families.functions(config, kind, **modes)
+  if backend is not None:
+    blocks = [_prepared(functions, block, backend) for block in blocks]
   return LanguageModel(config, values, top, blocks, functions, tokenizer, _ends(values, place))
 
 
@@ -239,6 +245,13 @@ def _packed_block(model: native.Quantized, config: Any, l: int, kind: Any) -> An
   packed, others = model.layer(l)
   packed = {name: qtensor.rounded(q) for name, q in packed.items()}
   return convert.build_block(config, l, others, kind, packed)
+
+
+def _prepared(functions: Any, block: Any, backend: str) -> Any:
+  """The block with its packed experts as a back-end reads them."""
+  experts = functions.experts(block) if functions.sparse(block) else {}
+  packed = {name: w for name, w in experts.items() if isinstance(w, qtensor.QTensor)}
+  return functions.with_experts(block, {name: kernels.prepare(q, backend) for name, q in packed.items()})
 
 
 def open_tokenizer(place: Path, config: Any) -> tokenizers.Tokenizer | None:

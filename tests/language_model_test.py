@@ -1,5 +1,6 @@
 """Models opened from disk, in every format: the same logits, likelihoods and texts as the model that was written."""
 
+import dataclasses
 import functools
 import io
 import json
@@ -16,6 +17,7 @@ import moeq_jax
 from moeq_jax import artifacts, data, language_model, main, runs
 from moeq_jax.evaluate import text
 from moeq_jax.export import native
+from moeq_jax.kernels import api
 from moeq_jax.models import convert, families, switch
 from tests import tiny
 
@@ -71,6 +73,23 @@ def test_a_quantized_model_computes_from_its_packed_experts(quantized: Path):
   packed = model.functions.experts(model.blocks[0])["gate"]
   assert packed.buffer.dtype == np.uint8
   assert np.abs(model.logits(tokens) - tiny.forward(tokens)[0]).max() > 0.1
+
+
+def test_packed_experts_go_to_the_backend_that_is_named(quantized: Path, monkeypatch: pytest.MonkeyPatch):
+  tokens = tiny.tokens(1)[0]
+  wanted = language_model.load(quantized).logits(tokens)
+  calls = []
+  reference = api.BACKENDS["reference"]
+  views = dataclasses.replace(reference, prepare=lambda q: {"tensor": q}, forward=lambda x, w, sizes, out_dtype: (
+      calls.append(type(w)), reference.forward(x, w["tensor"], sizes, out_dtype))[1])
+  monkeypatch.setitem(api.BACKENDS, "viewing", views)
+  model = language_model.load(quantized, backend="viewing")
+  packed = [w for block in model.blocks for w in model.functions.experts(block).values()]
+  assert packed and all(isinstance(w, api.Prepared) and w.backend == "viewing" for w in packed)
+  np.testing.assert_allclose(model.logits(tokens), wanted, atol=1e-4)
+  assert set(calls) == {dict}
+  with pytest.raises(ValueError, match="unknown back-end 'gpu'"):
+    language_model.load(quantized, backend="gpu")
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
