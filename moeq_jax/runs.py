@@ -9,6 +9,7 @@ Its field `task` says what runs. A file that also defines `sweep(add)` describes
 """
 
 import contextlib
+import importlib
 import importlib.metadata
 import importlib.util
 import inspect
@@ -39,28 +40,9 @@ class UsageError(ValueError):
   """A command line, a config or a work directory that cannot be run."""
 
 
-def _pretrain(config: config_dict.ConfigDict, workdir: Path) -> None:
-  from moeq_jax import pretrain  # imported here, so that --help does not wait for it
-
-  pretrain.run(config, workdir)
-
-
-def _compare(config: config_dict.ConfigDict, workdir: Path) -> None:
-  from moeq_jax import pipeline
-
-  pipeline.compare(config, workdir)
-
-
-def _quantize(config: config_dict.ConfigDict, workdir: Path) -> None:
-  from moeq_jax.quantize import task
-
-  task.run(config, workdir)
-
-
-def _theory(config: config_dict.ConfigDict, workdir: Path) -> None:
-  from moeq_jax import theory_run
-
-  theory_run.run(config, workdir)
+def _late(module: str, function: str) -> Callable[[config_dict.ConfigDict, Path], None]:
+  """A task whose module is imported when it runs, so that --help does not wait for it."""
+  return lambda config, workdir: getattr(importlib.import_module(f"moeq_jax.{module}"), function)(config, workdir)
 
 
 def _experiment(config: config_dict.ConfigDict, workdir: Path) -> None:
@@ -71,28 +53,17 @@ def _experiment(config: config_dict.ConfigDict, workdir: Path) -> None:
   module.run(config, workdir)
 
 
-def _switch_pretrain(config: config_dict.ConfigDict, workdir: Path) -> None:
-  from moeq_jax import switch_training
-
-  switch_training.pretrain_run(config, workdir)
-
-
-def _switch_finetune(config: config_dict.ConfigDict, workdir: Path) -> None:
-  from moeq_jax import switch_training
-
-  switch_training.finetune_run(config, workdir)
-
-
-def _switch_track(config: config_dict.ConfigDict, workdir: Path) -> None:
-  from moeq_jax.switch_track import task
-
-  task.run(config, workdir)
-
-
 # What `config.task` may name.
 TASKS: dict[str, Callable[[config_dict.ConfigDict, Path], None]] = {
-    "pretrain": _pretrain, "compare": _compare, "quantize": _quantize, "theory": _theory, "experiment": _experiment,
-    "switch_pretrain": _switch_pretrain, "switch_finetune": _switch_finetune, "switch_track": _switch_track}
+    "pretrain": _late("pretrain", "run"),
+    "compare": _late("pipeline", "compare"),
+    "quantize": _late("quantize.task", "run"),
+    "theory": _late("theory_run", "run"),
+    "experiment": _experiment,
+    "switch_pretrain": _late("switch_training", "pretrain_run"),
+    "switch_finetune": _late("switch_training", "finetune_run"),
+    "switch_track": _late("switch_track.task", "run"),
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

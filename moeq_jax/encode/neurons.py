@@ -1,9 +1,9 @@
 """Experts in blocks of neurons, each block with widths of its own.
 
 The F neurons of an expert can be put into any order: columns of gate and up, and rows of down alike. The expert
-computes the same, so the order costs nothing when it runs. Sorted by how sensitive they are, neurons that need the same
-width lie together, and a block of them is a unit that storage and kernels know: a stripe of columns of gate and up, a
-K-block of rows of down (`qtensor.py`).
+computes the same, so the order costs nothing when it runs. Sorted by how sensitive they are (`allocate.blocks.order`),
+neurons that need the same width lie together, and a block of them is a unit that storage and kernels know: a stripe of
+columns of gate and up, a K-block of rows of down (`qtensor.py`).
 
   gate, up [D, F]   F in NB stripes          down [F, D]   F in NB K-blocks of whole scale groups
 """
@@ -20,18 +20,6 @@ import numpy as np
 from moeq_jax import artifacts, codecs, qtensor
 
 BLOCKS = (16, 32, 64, 128)  # neurons of a block
-
-
-def order(sensitivity: np.ndarray) -> np.ndarray:
-  """The neurons of every expert, the most sensitive first (ties: the lower index): `[E, F]` -> `[E, F]` int64.
-
-  Raises:
-    ValueError: a sensitivity that is not a number.
-  """
-  if np.isnan(sensitivity).any():
-    expert, neuron = (int(i) for i in np.argwhere(np.isnan(sensitivity))[0])
-    raise ValueError(f"the sensitivity of neuron {neuron} of expert {expert} is not a number; calibrate again")
-  return np.argsort(-np.asarray(sensitivity, np.float64), axis=1, kind="stable")
 
 
 def sort_experts(experts: Mapping[str, Any], orders: np.ndarray) -> dict[str, np.ndarray]:
@@ -133,15 +121,3 @@ def pack_layer(encoded: Mapping[str, tuple[codecs.Encoded, np.ndarray]], group: 
     capacity = None if most is None else qtensor.packed_rows(np.full_like(bits, most), codes.codes.shape, group)
     packed[name] = qtensor.pack(codes.codes, bits, codes.scale, codes.zero, group=group, capacity=capacity)
   return packed
-
-
-def order_bits(hidden: int, projections: int) -> float:
-  """Bits per expert weight of the order of the neurons, were it kept beside them: 16 bits a neuron.
-
-  Args:
-    hidden: D; a neuron has D weights in every projection.
-    projections: P.
-
-  It is not read when the experts run, and only whoever wants the neurons back in their first order needs it.
-  """
-  return 16 / (hidden * projections)
