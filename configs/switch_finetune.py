@@ -30,14 +30,14 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.inputs = 64  # tokens of a text, the end of the text included; longer ones are cut
   config.targets = 32  # of a summary
   config.batch = 64
-  config.steps = 80
+  config.steps = 360
   config.decay_steps = 360  # of the learning rate
   config.warmup = 20
   config.peak_rate = 1e-3
   config.end_rate = 1e-4
   config.weight_decay = 0.01
   config.log_every = 10
-  config.save_every = 40
+  config.save_every = 60
   config.held_out_pairs = 192  # of each domain
 
   if arg.smoke:

@@ -2,7 +2,7 @@
 
 Command:   ./launch.sh run --config=configs/switch_pretrain.py --workdir=runs/switch/pretrained
 Hardware:  2 CPU cores, 5 GiB
-Expected:  half an hour; docs/switch_track.md has the losses. configs/switch_finetune.py goes on from it.
+Expected:  an hour; docs/switch_track.md has the losses. configs/switch_finetune.py goes on from it.
 A killed run continues with the same command. `:smoke` shrinks it to a minute.
 """
 
@@ -31,14 +31,14 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.density = 0.25  # more targets for the encoder's work than T5's 0.15
   config.batch = 32
   config.length = 112  # tokens of text: 93 of input, 38 targets, an end of text each
-  config.steps = 400
-  config.decay_steps = 400  # of the learning rate
-  config.warmup = 30
+  config.steps = 3600  # 12.9 million tokens of text, not quite all there is
+  config.decay_steps = 3600  # of the learning rate
+  config.warmup = 100
   config.peak_rate = 2e-3
   config.end_rate = 1e-4
   config.weight_decay = 0.01
   config.log_every = 10
-  config.save_every = 50
+  config.save_every = 100
   config.held_out_sequences = 128  # per domain
 
   if arg.smoke:
