@@ -28,7 +28,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.checkpoint = "runs/switch/finetuned/seed=0/model"
   config.pretrained = ""  # a checkpoint whose routers are those from before, in place of router_init.safetensors
   config.fall_back_to_norm = False  # rank by the final norm where the routers from before are not known
-  config.compute_dtype = "bfloat16"
+  config.compute_dtype = "float32"
   config.capacity = "sequence"
 
   config.codec = "hqq(group=0)"  # one scale for each output row, as in the paper's code
@@ -57,12 +57,13 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.most = 32  # new tokens of a summary
   config.batch = 96
   config.calibration = 384  # pairs of the training side
-  config.evaluation = 96  # held-out pairs
-  config.damage = 96  # others of them
+  config.evaluation = 384  # held-out pairs for the loss
+  config.written = 192  # of which the model writes summaries
+  config.damage = 384  # other held-out pairs
   config.damage_bits = 2
 
   if arg.smoke:
-    config.update(budgets=(2.0, 2.5), draws=2, draws_written=1, batch=4, calibration=8, evaluation=8, damage=8, most=8,
+    config.update(budgets=(2.0, 2.5), draws=2, draws_written=1, batch=4, calibration=8, evaluation=8, written=4, damage=8, most=8,
                   inputs=32, targets=16, methods=("uniform", "tiers(router_norm_change)", "random"))
   return config
 

@@ -113,6 +113,8 @@ def test_pairs_of_different_purposes_do_not_meet(checkpoint: Path):
   keys = lambda batches: {row.tobytes() for batch in batches for row in batch["inputs"]}
   assert not keys(text.evaluation) & keys(text.damage) and not keys(text.evaluation) & keys(text.calibration)
   assert len(keys(text.damage)) == 8
+  assert [p.domain for p in text.found_written] == ["code", "code", "wiki", "wiki"]
+  assert set(text.found_written) < set(text.found) and keys(text.written) < keys(text.evaluation)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

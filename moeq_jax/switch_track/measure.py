@@ -16,11 +16,11 @@ from moeq_jax.switch_track import subject as subjects
 
 @dataclasses.dataclass(frozen=True)
 class Examples(artifacts.Saved):
-  """A model's results on every evaluation pair.
+  """A model's results on the n evaluation pairs, of which m are also written.
 
   Attributes:
     loss: `[n]` summed over the targets of a pair, in nats.
-    rouge: `[n, 3]`, see `rouge.KINDS`; `[0, 3]` where nothing was generated.
+    rouge: `[m, 3]`, see `rouge.KINDS`; `[0, 3]` where nothing was generated.
     empty: generations without a word.
     agreement: share of (token, layer) whose expert is that of full precision.
   """
@@ -111,8 +111,8 @@ def examples(subject: workspace.Subject, blocks: Sequence[Any], text: subjects.P
   same = [ours == theirs for ours, theirs in zip(routes, reference or routes, strict=True)]
   texts, scored = [], rouge.Rouge(np.zeros((0, len(rouge.KINDS))), 0)
   if write:
-    texts = generated(subject, blocks, text.evaluation, most)
-    scored = rouge.measure(texts, [pair.summary for pair in text.found])
+    texts = generated(subject, blocks, text.written, most)
+    scored = rouge.measure(texts, [pair.summary for pair in text.found_written])
   return Examples(loss, scored.scores, scored.empty, float(np.mean(np.concatenate(same)))), routes, texts
 
 
@@ -125,6 +125,7 @@ def row(found: Examples, full: Examples, text: subjects.Pairs) -> dict[str, Any]
   domains = np.array([pair.domain for pair in text.found])
   for domain in sorted(set(domains)):
     values[f"loss_{domain}"] = float(found.loss[domains == domain].sum() / targets[domains == domain].sum())
+  domains = np.array([pair.domain for pair in text.found_written])
   for place, kind in enumerate(rouge.KINDS if len(found.rouge) else ()):
     ours, theirs = 100 * found.rouge[:, place], 100 * full.rouge[:, place]
     values |= {kind: float(ours.mean())} | _paired(f"{kind}_delta", ours, theirs)

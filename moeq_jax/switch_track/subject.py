@@ -22,14 +22,18 @@ class Pairs:
 
   Attributes:
     calibration, damage, evaluation: batches.
+    written: batches of the pairs of `evaluation` for which the model writes summaries.
     found: the pairs of `evaluation`, row by row.
+    found_written: the pairs of `written`, row by row.
     digest: of all batches.
   """
 
   calibration: list[dict[str, np.ndarray]]
   damage: list[dict[str, np.ndarray]]
   evaluation: list[dict[str, np.ndarray]]
+  written: list[dict[str, np.ndarray]]
   found: list[pairs.Pair]
+  found_written: list[pairs.Pair]
   digest: str
 
   def as_text(self) -> workspace.Text:
@@ -115,17 +119,21 @@ def read_pairs(config: ml_collections.ConfigDict, subject: workspace.Subject) ->
   size, domains = config.batch, config.domains
   held_out = {d: pairs.xsum() if d == "xsum" else [p for p in pairs.held_out() if p.domain == d] for d in domains}
   share = lambda name: _share(name, config[name], len(domains), size)
-  evaluation, damage = share("evaluation"), share("damage")
-  chosen: dict[str, list[pairs.Pair]] = {"evaluation": [], "damage": []}
+  evaluation, damage, written = share("evaluation"), share("damage"), share("written")
+  if not 0 < written <= evaluation:
+    raise ValueError(f"config.written={config.written}: between 1 and config.evaluation={config.evaluation} pairs")
+  chosen: dict[str, list[pairs.Pair]] = {"evaluation": [], "damage": [], "written": []}
   for domain, found in held_out.items():
     _check_enough(domain, len(found), evaluation + damage)
     spread = [found[i * len(found) // (evaluation + damage)] for i in range(evaluation + damage)]
     first = set(np.linspace(0, len(spread) - 1, evaluation).round().astype(int).tolist())
-    chosen["evaluation"] += [p for i, p in enumerate(spread) if i in first]
+    own = [p for i, p in enumerate(spread) if i in first]
+    chosen["evaluation"] += own
+    chosen["written"] += [own[i * evaluation // written] for i in range(written)]
     chosen["damage"] += [p for i, p in enumerate(spread) if i not in first]
   chosen["calibration"] = _calibration(share("calibration"))
   batches = {name: _batches(found, size, config, subject) for name, found in chosen.items()}
-  return Pairs(**batches, found=chosen["evaluation"],
+  return Pairs(**batches, found=chosen["evaluation"], found_written=chosen["written"],
                digest=artifacts.digest({name: user_text.digest(part) for name, part in sorted(batches.items())}))
 
 

@@ -26,7 +26,7 @@ from moeq_jax.allocate import methods
 from moeq_jax.switch_track import correlations, measure
 from moeq_jax.switch_track import subject as subjects
 
-VERSION = 1
+VERSION = 2
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +82,8 @@ def _measure(run: workspace.Workdir, subject: workspace.Subject, text: subjects.
   bank = measure.Bank(layers, config.widths, codec.group)
   full, routes, texts = measure.examples(subject, subject.blocks, text, most=config.most, write=True)
   full.save(run.path / "examples" / "full.npz", artifacts.key("examples", VERSION, spec, inputs))
-  written = [{"pair": p.name, "summary": p.summary, "written": t} for p, t in zip(text.found, texts, strict=True)]
+  written = [{"pair": p.name, "summary": p.summary, "written": t}
+             for p, t in zip(text.found_written, texts, strict=True)]
   artifacts.write_json(run.path / "written.json", written)
 
   def examples(bits: np.ndarray, write: bool, name: str) -> measure.Examples:
