@@ -24,7 +24,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.model.update(hidden_size=192, intermediate_size=64, num_hidden_layers=4, num_attention_heads=3,
                       num_key_value_heads=1, num_local_experts=64, num_experts_per_tok=2)
   config.mixture = ml_collections.ConfigDict(dict(code=0.7, wiki=0.1, passages=0.2))
-  config.steps = 176  # 1.4 million tokens
-  config.warmup = 40
+  config.steps = 736  # 6.0 million tokens
+  config.warmup = 60
   config.peak_rate = 3e-3
   return config

@@ -276,6 +276,7 @@ def test_an_expert_that_is_never_routed_is_reported_and_quantized(checkpoint: Pa
     ("damage_bits", 8, "damage_bits=8"),
     ("draws_written", 9, "draws_written=9"),
     ("evaluation", 10, "evaluation=10"),
+    ("written", 12, "written=12"),
     ("codec", "hqq(groups=0)", "did you mean 'group'"),
     ("methods", ("tiers(router_norms)",), "did you mean 'router_norm'"),
 ])
