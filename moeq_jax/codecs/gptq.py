@@ -80,10 +80,7 @@ def encode(w: jax.Array, bits: jax.Array, moment: jax.Array | None, spec: Spec,
   """
   rows = w.shape[0]
   if factor is None:
-    if moment is None or moment.shape != (rows, rows):
-      found = "none" if moment is None else f"one of shape {moment.shape}"
-      raise ValueError(f"gptq needs the inputs' second moment [{rows}, {rows}], found {found}; calibrate, or use rtn")
-    factor = factorise(moment, spec)
+    factor = factorise(check_moment(moment, rows, "gptq"), spec)
   size, block = _sizes(rows, spec)
   slabs, valid = grid.split(w, size)
   widths = grid.per_group(bits, len(slabs), w.shape[1])
@@ -96,6 +93,18 @@ def encode(w: jax.Array, bits: jax.Array, moment: jax.Array | None, spec: Spec,
     error = own if error is None else jnp.concatenate([error, own])
     encoded.append(parts)
   return grid.join(*(jnp.concatenate(parts) for parts in zip(*encoded)), rows=rows)
+
+
+def check_moment(moment: jax.Array | None, rows: int, codec: str) -> jax.Array:
+  """The moment, if it is one of the inputs of a matrix of `rows` rows.
+
+  Raises:
+    ValueError: it is missing or of another shape than `[rows, rows]`.
+  """
+  if moment is None or moment.shape != (rows, rows):
+    found = "none" if moment is None else f"one of shape {moment.shape}"
+    raise ValueError(f"{codec} needs the inputs' second moment [{rows}, {rows}], found {found}; calibrate, or use rtn")
+  return moment
 
 
 def _sizes(rows: int, spec: Spec) -> tuple[int, int]:

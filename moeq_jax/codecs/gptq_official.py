@@ -82,11 +82,7 @@ def encode(w: jax.Array, bits: jax.Array, moment: jax.Array | None, spec: Spec,
   """
   rows = w.shape[0]
   if factor is None:
-    if moment is None or moment.shape != (rows, rows):
-      found = "none" if moment is None else f"one of shape {moment.shape}"
-      raise ValueError(f"gptq_official needs the inputs' second moment [{rows}, {rows}], found {found}; calibrate, or"
-                       " use rtn")
-    factor = factorise(moment, spec)
+    factor = factorise(gptq.check_moment(moment, rows, "gptq_official"), spec)
   columns, kept = w.shape[1], -(-rows // spec.group)
   w = jnp.pad(w, ((0, -rows % BLOCK), (0, 0)))
   widths = grid.per_group(bits, kept, columns).reshape(kept, 1, -1)  # [G, 1, 1 or N]

@@ -18,6 +18,7 @@ number for the whole matrix, or one for every group of every column (`[G, N]`, o
 thing that can have a width of its own, because its codes share a scale.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -134,6 +135,30 @@ def join(codes: jax.Array, scale: jax.Array, zero: jax.Array, rows: int) -> Enco
   """Makes an `Encoded` of codes `[G, g, N]`, scale and zero `[G, 1, N]`, all float32 (the latter two bf16 values)."""
   codes = codes.reshape(-1, codes.shape[-1])[:rows].astype(jnp.uint8)
   return Encoded(codes, scale[:, 0].astype(jnp.bfloat16), zero[:, 0].astype(jnp.bfloat16))
+
+
+Place = Callable[[jax.Array, jax.Array | None, jax.Array], tuple[jax.Array, jax.Array]]
+
+
+def encode_groups(w: jax.Array, bits: jax.Array, group: int, place: Place) -> Encoded:
+  """Encodes groups that do not look at each other.
+
+  Args:
+    w: `[K, N]` float32, finite.
+    bits: see `per_group`; may be traced.
+    group: rows of a scale, or 0 for all of K.
+    place: `(x [g, N], valid, bits) -> scale, zero`, both `[1, N]`, bf16 values in float32; weights go to the nearest
+      level.
+  """
+  slabs, valid = split(w, group)
+
+  def encode_group(own: tuple[jax.Array, jax.Array | None, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    x, _, bits = own
+    scale, zero = place(*own)
+    return quantize(x, scale, zero, top_code(bits)), scale, zero
+
+  widths = per_group(bits, len(slabs), w.shape[1])
+  return join(*jax.lax.map(encode_group, (slabs, valid, widths)), rows=w.shape[0])
 
 
 def bounds(x: jax.Array, valid: jax.Array | None) -> tuple[jax.Array, jax.Array]:

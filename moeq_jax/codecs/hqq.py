@@ -15,6 +15,7 @@ criterion is evaluated on the grid as stored (zero in bf16), group by group, and
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -66,16 +67,7 @@ def encode(w: jax.Array, bits: jax.Array, moment: jax.Array | None, spec: Spec) 
     spec: static options.
   """
   del moment
-
-  slabs, valid = grid.split(w, spec.group)
-
-  def encode_group(group: tuple[jax.Array, jax.Array | None, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-    x, valid, bits = group
-    scale, zero = _zero_point(x, valid, bits, spec)
-    return grid.quantize(x, scale, zero, grid.top_code(bits)), scale, zero
-
-  widths = grid.per_group(bits, len(slabs), w.shape[1])
-  return grid.join(*jax.lax.map(encode_group, (slabs, valid, widths)), rows=w.shape[0])
+  return grid.encode_groups(w, bits, spec.group, functools.partial(_zero_point, spec=spec))
 
 
 def _zero_point(x: jax.Array, valid: jax.Array | None, bits: jax.Array, spec: Spec) -> tuple[jax.Array, jax.Array]:

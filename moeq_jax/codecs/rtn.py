@@ -38,13 +38,4 @@ def encode(w: jax.Array, bits: jax.Array, moment: jax.Array | None, spec: Spec) 
     spec: static options.
   """
   del moment
-
-  slabs, valid = grid.split(w, spec.group)
-
-  def encode_group(group: tuple[jax.Array, jax.Array | None, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-    x, valid, bits = group
-    scale, zero = grid.SEARCH[spec.grid](x, valid, bits)
-    return grid.quantize(x, scale, zero, grid.top_code(bits)), scale, zero
-
-  widths = grid.per_group(bits, len(slabs), w.shape[1])
-  return grid.join(*jax.lax.map(encode_group, (slabs, valid, widths)), rows=w.shape[0])
+  return grid.encode_groups(w, bits, spec.group, grid.SEARCH[spec.grid])
