@@ -57,9 +57,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.most = 32  # new tokens of a summary
   config.batch = 96
   config.calibration = 384  # pairs of the training side
-  config.evaluation = 384  # held-out pairs for the loss
-  config.written = 192  # of which the model writes summaries
-  config.damage = 384  # other held-out pairs
+  config.evaluation = 192  # held-out pairs for the loss
+  config.written = 96  # of which the model writes summaries
+  config.damage = 192  # other held-out pairs
   config.damage_bits = 2
 
   if arg.smoke:
