@@ -245,8 +245,11 @@ def _plan(found: Description) -> list[tuple[str, str]]:
   if isinstance(plan, dict) and "method" in plan:
     lines.append(("plan", f"{plan['method']} at {plan.get('budget')} bits"))
     widths = Counter(_flat(plan.get("bits")))
-    text = ", ".join(f"{count} at {bits}" for bits, count in sorted(widths.items(), key=str))
-    lines.append(("widths", f"{text} bits"))
+    text = ", ".join(f"{count} at {bits}" for bits, count in sorted(widths.items(), key=str)) + " bits"
+    if isinstance(averages := plan.get("average_bits"), dict):
+      means = ", ".join(f"{name} {mean:.3f}" for name, mean in averages.items())
+      text += f", in blocks of {plan.get('block')} neurons of a projection; on average {means}"
+    lines.append(("widths", text))
   kinds = (("nominal_bits", "codes"), ("effective_bits", "with scales and zeros"), ("stored_bits", "in files"))
   bits = ", ".join(f"{sizes[name]:.3f} {text}" for name, text in kinds if isinstance(sizes.get(name), int | float))
   return [*lines, ("bits per expert weight", bits)]

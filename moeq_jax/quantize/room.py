@@ -9,7 +9,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from moeq_jax import artifacts, user_text
+from moeq_jax import artifacts, channels, user_text
 from moeq_jax.allocate import budget as budget_lib
 from moeq_jax.allocate import problem
 from moeq_jax.models import families
@@ -79,7 +79,8 @@ def budget(config: ml_collections.ConfigDict, subject: Subject, group: int) -> f
     raise ValueError(f"config.memory={config.memory}: {error}") from None
 
 
-def check_plan(config: ml_collections.ConfigDict, subject: Subject, plan: artifacts.Plan, bits: float) -> None:
+def check_plan(config: ml_collections.ConfigDict, subject: Subject, plan: artifacts.Plan | channels.BlockPlan,
+               bits: float) -> None:
   """Looks whether a plan keeps to the bits that `config.memory` allows; tiers round to whole experts.
 
   Args:
@@ -91,6 +92,8 @@ def check_plan(config: ml_collections.ConfigDict, subject: Subject, plan: artifa
   Raises:
     ValueError: the plan uses more bits, and `config.memory` limits them.
   """
+  if isinstance(plan, channels.BlockPlan):  # of a knapsack, which keeps to its budget
+    return
   sizes = [math.prod(shape) for shape in measure.projection_shapes(subject).values()]
   used = problem.average_bits(plan.by_projection(len(sizes)), np.tile(sizes, plan.bits.shape[0] * plan.bits.shape[1]))
   if config.memory and used > bits:

@@ -105,7 +105,8 @@ def _model(opened: Any) -> dict[str, Any]:
 
 def _unrouted(out: Outcome) -> list[list[int]]:
   """`[block, expert]` of those that saw no calibration token, as far as tokens were counted."""
-  counted, sparse = out.found.stats.tokens, out.opened.subject.sparse
+  stats, sparse = out.found.stats, out.opened.subject.sparse
+  counted = None if stats is None else stats.tokens
   if counted is None and all(out.metas[layer]["tokens"] is not None for layer in sparse):
     counted = np.array([out.metas[layer]["tokens"] for layer in sparse])
   if counted is None:

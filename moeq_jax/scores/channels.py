@@ -215,8 +215,22 @@ def statistical_error(evidence: Evidence, kind: str = "kurtosis", alpha: float =
   return score[..., None] * errors.weight
 
 
+def router_grad_error(evidence: Evidence) -> np.ndarray:
+  """The expert's router gradient norm times the squared weight error of every row at every width, `[L, E, J, W]`: the
+  cost of the same name of whole experts (`scores.router.grad_error`), up to a factor, taken apart.
+
+  Raises:
+    ValueError: no calibration.
+  """
+  if evidence.stats is None:
+    raise ValueError("score router_grad_error of channels: no calibration, so there are no gradients; calibrate, or"
+                     " take weight_error")
+  return evidence.stats.router_grad[..., None, None] * weight_error(evidence)
+
+
 COSTS: dict[str, Callable[..., np.ndarray]] = {
     "fisher_error": fisher_error, "statistical_error": statistical_error, "weight_error": weight_error,
+    "router_grad_error": router_grad_error, "weight_mse": weight_error,  # as the scores of whole experts call them
 }
 
 
