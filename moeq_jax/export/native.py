@@ -134,8 +134,8 @@ def save(directory: Path, packed: Sequence[Packed], others: Sequence[Tensors], t
 
 
 def counts(packed: Packed, others: Tensors, order_bits: int = 0) -> dict[str, int]:
-  """What `sizes` adds up: expert weights, their bits in codes and in scales and zeros (and in an order of neurons, where
-  they have one), their bytes, all other bytes."""
+  """What `sizes` adds up: expert weights, their bits in codes and in scales and zeros (and in an order of neurons), their
+  bytes, all other bytes."""
   tensors = list(packed.values())
   weights = sum(int(np.prod(q.shape)) for q in tensors)
   nominal = qtensor.nominal_bits(*tensors) if tensors else 0
@@ -145,9 +145,10 @@ def counts(packed: Packed, others: Tensors, order_bits: int = 0) -> dict[str, in
   return {name: round(value) for name, value in zip(_COUNTS, found, strict=True)}
 
 
-def sizes(packed: Iterable[Packed], others: Tensors) -> dict[str, float]:
-  """Bits per expert weight, counted three ways, and megabytes (1e6) of all tensors in the files, headers excluded."""
-  return _sizes([*(counts(layer, {}) for layer in packed), counts({}, others)])
+def sizes(packed: Iterable[Packed], others: Tensors, order_bits: int = 0) -> dict[str, float]:
+  """Bits per expert weight, counted three ways, and megabytes (1e6) of all tensors in the files, headers excluded.
+  `order_bits` of an order of neurons, see `save_layer`."""
+  return _sizes([*(counts(layer, {}) for layer in packed), counts({}, others, order_bits)])
 
 
 def _sizes(counted: Iterable[Mapping[str, int]]) -> dict[str, float]:

@@ -234,6 +234,18 @@ COSTS: dict[str, Callable[..., np.ndarray]] = {
 }
 
 
+def check(spec: str) -> Callable[[Evidence], np.ndarray]:
+  """The score that `spec` names, bound to its options.
+
+  Raises:
+    registry.SpecError: no such score or option; names the nearest.
+  """
+  bound = registry.Registry("score of channels", COSTS).get(spec)
+  if bound.args:
+    raise registry.ArgumentError(f"{spec}: options of a score are given by name, for example fisher_error(zeta=0)")
+  return bound
+
+
 def as_cost(spec: str, evidence: Evidence) -> channels.BlockCosts:
   """The cost table of rows that a spec names, for example `fisher_error(zeta=0)`.
 
@@ -241,10 +253,7 @@ def as_cost(spec: str, evidence: Evidence) -> channels.BlockCosts:
     registry.SpecError: no such score or option; names the nearest.
     ValueError: evidence is missing, or a cost is not finite (names the place).
   """
-  bound = registry.Registry("score of channels", COSTS).get(spec)
-  if bound.args:
-    raise registry.ArgumentError(f"{spec}: options of a score are given by name, for example fisher_error(zeta=0)")
-  errors, cost = evidence.errors, bound(evidence)
+  errors, cost = evidence.errors, check(spec)(evidence)
   for layer, expert, row, _ in np.argwhere(~np.isfinite(cost))[:1]:
     raise ValueError(f"score {spec}: not finite for {errors.projections[errors.projection[row]]} of layer {layer},"
                      f" expert {expert}; the evidence that it reads is damaged there: calibrate and encode again")
