@@ -23,6 +23,8 @@ from moeq_jax.quantize import measure
 from moeq_jax.quantize.subject import Subject
 from moeq_jax.scores import channels as scores
 
+_STORED, _LISTED = 8, 16  # bytes of a block's width and offset in the file, and of a number in the manifest
+
 
 def resolved(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   """The config with `config.block` as an option of its method.
@@ -35,8 +37,8 @@ def resolved(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     return config
   neurons.down_block(block, 128)
   if spec.name != "knapsack":
-    raise ValueError(f"config.block={block}: {spec.name} gives one width to an expert; only the knapsack has blocks, for"
-                     " example --config.method='knapsack(router_grad_error)'")
+    raise ValueError(f"config.block={block}: {spec.name} gives one width to an expert; only the knapsack has blocks,"
+                     " for example --config.method='knapsack(router_grad_error)'")
   if spec.kwargs.get("block", block) != block:
     raise ValueError(f"config.block={block}, and config.method={config.method}: name one block")
   changed = ml_collections.ConfigDict(config.to_dict(), convert_dict=True)
@@ -79,8 +81,25 @@ def check_source(method: str, codec: codecs.Codec, shapes: Mapping[str, tuple[in
     others = [str(other) for other in channels.BLOCKS if fits(other)]
     whole = neurons.down_block(block, codec.group)
     instead = f"take block={' or '.join(others)}" if others else "take a codec with a smaller group"
-    raise ValueError(f"block={block}: blocks of {whole} rows of down (whole scale groups of {codec.group}) do not divide"
-                     f" the {ffn} neurons of an expert; {instead}, or leave the block out")
+    raise ValueError(f"block={block}: blocks of {whole} rows of down (whole scale groups of {codec.group}) do not"
+                     f" divide the {ffn} neurons of an expert; {instead}, or leave the block out")
+
+
+def extra_bytes(method: str, group: int, shapes: Mapping[str, tuple[int, int]], experts: int) -> int:
+  """Bytes that a method's blocks take beside codes and scales: width and offset of every block after the first of its
+  projection, and its places in the manifest.
+
+  Args:
+    method: spec of the method; without blocks it takes none.
+    group: rows that share a scale.
+    shapes: `{projection: (K, N)}` of an expert.
+    experts: of all layers.
+  """
+  block = methods.block_of(method)
+  if not block:
+    return 0
+  more = [shapes["down"][0] // (neurons.down_block(block, group) if name == "down" else block) - 1 for name in shapes]
+  return sum(more) * (experts * (_STORED + _LISTED) + 2 * _LISTED)
 
 
 def evidence(subject: Subject, stats: artifacts.Stats, errors: Mapping[int, Mapping[str, np.ndarray]],

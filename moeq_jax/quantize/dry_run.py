@@ -93,7 +93,7 @@ def outlook(config: ml_collections.ConfigDict, run: workspace.Workdir) -> Outloo
     checked.append(f"experts of a layer by width: {_counted(counts)}, {_average(counts):g} bits on average")
   parts = _parts(source.config)
   return Outlook(
-      checked, bits, counts, inspection.counts(source.config), room.quantized_bytes(subject, bits, codec.group),
+      checked, bits, counts, inspection.counts(source.config), room.quantized_bytes(subject, bits, codec.group, method),
       None if counts is None or source.config.family != "mixtral" else accounting.memory(parts, counts),
       room.disk_needed(subject, config, needs, bits, codec.group, calibration, texts["evaluation"]),
       estimates.stages(amounts, needs, codec, len(config.widths), sequential=config.sequential))

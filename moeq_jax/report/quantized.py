@@ -86,8 +86,8 @@ def _of_blocks(plan: Mapping[str, Any]) -> list[str]:
     return []
   rows = "" if plan["down_block"] == plan["block"] else f" ({plan['down_block']} in down)"
   averages = ", ".join(f"{name} {plan['average_bits'][name]:.3f}" for name in plan["projections"])
-  return [f"Each block of {plan['block']} neurons of a projection{rows} has a width of its own; on average {averages} bits."
-          f" The neurons of every expert were put in order, which changes nothing in what it computes; the"
+  return [f"Each block of {plan['block']} neurons of a projection{rows} has a width of its own; on average {averages}"
+          " bits. The neurons of every expert were put in order, which changes nothing in what it computes; the"
           f" {plan['permutation_bits']:.4f} bits that this order takes are counted with the scales, and not stored."]
 
 

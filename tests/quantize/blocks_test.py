@@ -119,7 +119,7 @@ def test_the_quantized_model_holds_the_plans_codes_and_all_else_unchanged(workdi
                                                                          checkpoint: Path):
   model, source = native.open(workdir / "quantized"), convert.open_checkpoint(checkpoint)
   assert plan.bits.shape == (2, 6, 9) and len(np.unique(plan.bits)) > 2
-  assert any(len(np.unique(own, axis=-1)) and (own != own[..., :1]).any() for own in plan.by_projection().values())
+  assert all((own != own[..., :1]).any() for own in plan.by_projection().values())  # widths change inside a matrix
   for layer, expected in enumerate(packed_in_memory(plan)):
     packed, others = model.layer(layer)
     assert list(packed) == list(expected)
@@ -163,7 +163,8 @@ def test_the_exported_copy_computes_what_the_packed_model_does(workdir: Path, pl
   copy, _ = convert.load(workdir / "hf", jnp.float32)
   for block, packed in zip(copy.blocks, packed_in_memory(plan), strict=True):
     for name, weights in tiny.functions().experts(block).items():
-      assert np.array_equal(np.asarray(weights), np.asarray(qtensor.dequantize(packed[name], jnp.bfloat16), np.float32))
+      expected = np.asarray(qtensor.dequantize(packed[name], jnp.bfloat16), np.float32)
+      assert np.array_equal(np.asarray(weights), expected), name
   opened = language_model.load(workdir / "quantized")
   expected = tiny.logits([{name: qtensor.dequantize(q) for name, q in layer.items()} for layer in packed_in_memory(plan)])
   np.testing.assert_allclose(opened.logits(tiny.tokens(1)[0]), expected, rtol=2e-3, atol=2e-3)
@@ -199,7 +200,7 @@ def test_a_killed_run_ends_with_the_bytes_of_an_undisturbed_one(workdir: Path, r
   command = [sys.executable, "-c", WORKER, KILLED, str(place), *overrides(*BASE, "export=('hf',)")]
   done = subprocess.run(command, cwd=runs.ROOT, env=os.environ | {"PYTHONPATH": str(runs.ROOT)}, capture_output=True)
   assert done.returncode == -signal.SIGKILL, done.stderr.decode()
-  assert (place / "quantized" / "layer-00000.moeq.safetensors").is_file() and not (place / "plan.json").stat().st_size == 0
+  assert (place / "quantized" / "layer-00000.moeq.safetensors").is_file() and (place / "plan.npz").is_file()
   assert not (place / "quantized" / "moeq.json").exists()
   monkeypatch.setattr(stream, "channel_errors", None)  # nothing is measured again
   run("killed", *BASE, "export=('hf',)")
@@ -211,7 +212,7 @@ def test_a_killed_run_ends_with_the_bytes_of_an_undisturbed_one(workdir: Path, r
 def test_gptq_sees_the_inputs_in_the_order_of_the_neurons(run: Callable[..., Path]):
   """Codes from streamed rows against those from the same run's plan and moments of all rows in memory."""
   text, codec = "gptq(group=32)", codecs.get("gptq(group=32)")
-  made = run("gptq", "budget=2.5", "block=64" if False else "block=32", f"codec={text}", "evaluation.sequences=0",
+  made = run("gptq", "budget=2.5", "block=32", f"codec={text}", "evaluation.sequences=0",
              "method=knapsack(router_grad_error, constraint=gate_equals_up, widths=(2, 4))")
   plan, model = channels.BlockPlan.load(made / "plan.npz"), native.open(made / "quantized")
   own = plan.by_projection()
@@ -225,6 +226,15 @@ def test_gptq_sees_the_inputs_in_the_order_of_the_neurons(run: Callable[..., Pat
     for name, q in packed.items():
       wrong = np.mean(qtensor.unpack(q) != encoded[name][0].codes, axis=(1, 2))
       assert np.median(wrong) < 0.01, (layer, name)  # sums in another order, fed back
+
+
+@pytest.mark.parametrize("block", [16, 32])
+def test_the_files_fit_into_the_memory_that_was_asked_for(run: Callable[..., Path], block: int):
+  made = run(f"memory-{block}", "memory=330000B", f"block={block}", "method=knapsack(weight_mse)",
+             "evaluation.sequences=0", "calibration.sequences=0")
+  taken = sum(path.stat().st_size for path in (made / "quantized").iterdir())
+  plan = channels.BlockPlan.load(made / "plan.npz")
+  assert 200_000 < taken <= 330_000 and 1 < plan.average_bits() < 4 and (plan.block, plan.down_block) == (block, 32)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -249,7 +259,7 @@ def test_only_what_a_score_of_neurons_reads_is_measured(method: str, codec: str,
     (("block=-32",), "block=-32 is not one of"),
     (("block=64",), "blocks of 64 rows of down .* do not divide the 96 neurons of an expert; take block=16 or 32"),
     (("block=32", "codec=rtn(group=0)"), "group=0: one scale over all rows of down"),
-    (("block=32", "codec=rtn(group=128)"), "do not divide the 96 neurons of an expert; take a codec with a smaller group"),
+    (("block=32", "codec=rtn(group=128)"), "not divide the 96 neurons of an expert; take a codec with a smaller"),
     (("block=32", "method=uniform"), "config.block=32: uniform gives one width to an expert"),
     (("block=32", "method=knapsack(fisher_error, block=16)"), "name one block"),
     (("block=32", "method=knapsack(output_error)"), "unknown score of channels 'output_error'"),
