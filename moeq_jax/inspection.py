@@ -250,7 +250,8 @@ def _plan(found: Description) -> list[tuple[str, str]]:
       means = ", ".join(f"{name} {averages[name]:.3f}" for name in artifacts.PROJECTIONS if name in averages)
       text += f", in blocks of {plan.get('block')} neurons of a projection; on average {means}"
     lines.append(("widths", text))
-  kinds = (("nominal_bits", "codes"), ("effective_bits", "with scales and zeros"), ("stored_bits", "in files"))
+  order = ", and the order of neurons" if isinstance(plan, dict) and "block" in plan else ""
+  kinds = (("nominal_bits", "codes"), ("effective_bits", f"with scales and zeros{order}"), ("stored_bits", "in files"))
   bits = ", ".join(f"{sizes[name]:.3f} {text}" for name, text in kinds if isinstance(sizes.get(name), int | float))
   return [*lines, ("bits per expert weight", bits)]
 
