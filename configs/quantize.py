@@ -22,6 +22,8 @@ Fields worth knowing, beside those above:
   calibration.tokens, evaluation.tokens   .npy of token ids, for checkpoints without tokenizer.json
   calibration.sequences, evaluation.sequences, length, batch      how much of it; no sequence
                  is longer than the model has positions
+  block          16, 32, 64 or 128: each block of so many neurons of each projection has a width of its own, in place
+                 of whole experts; 0 for those (docs/channelwise.md)
   sequential     GPTQ sees the inputs that the quantized layers before it give
   export         copies: "('hf',)", "('compressed-tensors',)", "('compressed-tensors(width=4)',)"
   pretrained     for tiers(router_norm_change): the checkpoint that this one was fine-tuned from, unless
@@ -51,6 +53,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.method = "knapsack(router_grad_error)"
   config.codec = "gptq(group=64)"
   config.widths = (1, 2, 3, 4)
+  config.block = 0
   config.sequential = False
   config.export = ()
   config.pretrained = ""

@@ -12,12 +12,14 @@ rows of the matrix as papers write it.
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from moeq_jax import artifacts
 
 AXES = ("neurons", "outputs")
+BLOCKS = (16, 32, 64, 128)  # neurons of a block that storage and kernels know
 SIDES = ("input", "mid")  # the two inputs of an expert's matmuls: of gate and up, and of down
 SIDE = {"gate": 0, "up": 0, "down": 1}
 
@@ -165,12 +167,24 @@ class BlockPlan(artifacts.Saved):
     """Nominal bits per weight."""
     return int((self.bits * self.sizes).sum()) / int(np.broadcast_to(self.sizes, self.bits.shape).sum())
 
+  def averages(self) -> dict[str, float]:
+    """Nominal bits per weight of each projection."""
+    own = [self.projection == place for place in range(len(self.projections))]
+    return {name: float(np.average(self.bits[..., units].mean(axis=(0, 1)), weights=self.sizes[units]))
+            for name, units in zip(self.projections, own, strict=True)}
+
   def permutation_bits(self) -> float:
     """Bits per weight that the order takes: 16 for each neuron, 32 above 65,536; nothing without one."""
     if self.order is None:
       return 0.0
-    neurons = self.order.shape[-1]
-    return neurons * (16 if neurons <= 1 << 16 else 32) / int(self.sizes.sum())
+    return order_bits(self.order) / (int(self.sizes.sum()) * self.bits[..., 0].size)
+
+  def as_json(self) -> dict[str, Any]:
+    """The plan as JSON-able values: all but the order, of which there is a digest."""
+    plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+    order = None if self.order is None else artifacts.digest(self.order)
+    return plain | {"bits": self.bits.tolist(), "projection": self.projection.tolist(), "sizes": self.sizes.tolist(),
+                    "order": order, "average_bits": self.averages(), "permutation_bits": self.permutation_bits()}
 
 
 def along(name: str, axis: str) -> int:
@@ -182,6 +196,17 @@ def along(name: str, axis: str) -> int:
   if axis not in AXES:
     raise ValueError(f"unknown axis {axis!r}; the channels of down are {' or '.join(AXES)}")
   return 0 if name == "down" and axis == "neurons" else 1
+
+
+def order_bits(order: np.ndarray) -> int:
+  """Bits that an order `[..., F]` takes: 16 for each neuron, 32 above 65,536."""
+  return order.size * (16 if order.shape[-1] <= 1 << 16 else 32)
+
+
+def grid(name: str, bits: np.ndarray) -> np.ndarray:
+  """The widths of an expert's blocks of neurons as `QTensor.bits` holds them: `[E, NB] -> [E, KB, NS]`, K-blocks of
+  down, N-stripes of gate and up."""
+  return bits[:, :, None] if name == "down" else bits[:, None, :]
 
 
 def units(sizes: Sequence[tuple[int, int]], block: int = 1) -> tuple[np.ndarray, np.ndarray]:

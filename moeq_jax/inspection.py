@@ -10,7 +10,7 @@ from typing import Any
 from rich import console as rich_console
 from rich import table as rich_table
 
-from moeq_jax import options, planar, runs
+from moeq_jax import artifacts, options, planar, runs
 from moeq_jax.allocate import budget as budget_lib
 from moeq_jax.export import native
 from moeq_jax.models import convert, hf_config, names
@@ -245,9 +245,13 @@ def _plan(found: Description) -> list[tuple[str, str]]:
   if isinstance(plan, dict) and "method" in plan:
     lines.append(("plan", f"{plan['method']} at {plan.get('budget')} bits"))
     widths = Counter(_flat(plan.get("bits")))
-    text = ", ".join(f"{count} at {bits}" for bits, count in sorted(widths.items(), key=str))
-    lines.append(("widths", f"{text} bits"))
-  kinds = (("nominal_bits", "codes"), ("effective_bits", "with scales and zeros"), ("stored_bits", "in files"))
+    text = ", ".join(f"{count} at {bits}" for bits, count in sorted(widths.items(), key=str)) + " bits"
+    if isinstance(averages := plan.get("average_bits"), dict):
+      means = ", ".join(f"{name} {averages[name]:.3f}" for name in artifacts.PROJECTIONS if name in averages)
+      text += f", in blocks of {plan.get('block')} neurons of a projection; on average {means}"
+    lines.append(("widths", text))
+  order = ", and the order of neurons" if isinstance(plan, dict) and "block" in plan else ""
+  kinds = (("nominal_bits", "codes"), ("effective_bits", f"with scales and zeros{order}"), ("stored_bits", "in files"))
   bits = ", ".join(f"{sizes[name]:.3f} {text}" for name, text in kinds if isinstance(sizes.get(name), int | float))
   return [*lines, ("bits per expert weight", bits)]
 

@@ -15,7 +15,8 @@ import ml_collections
 import numpy as np
 from rich import console as rich_console
 
-from moeq_jax import artifacts, codecs, conditions, progress, registry, report, results, runs, scores, steps, workspace
+from moeq_jax import artifacts, block_plans, channels, codecs, conditions, progress, registry, report, results, runs
+from moeq_jax import scores, steps, workspace
 from moeq_jax.allocate import methods
 from moeq_jax.assemble import apply
 from moeq_jax.calibrate import statistics
@@ -96,7 +97,7 @@ def measure_damage(run: workspace.Workdir, subject: workspace.Subject, text: wor
 
 
 def allocate(run: workspace.Workdir, subject: workspace.Subject, evidence: scores.Evidence,
-             config: ml_collections.ConfigDict) -> list[Candidate]:
+             config: ml_collections.ConfigDict, neurons: block_plans.Blocks | None = None) -> list[Candidate]:
   """Every method at every budget, kept as `costs-*.npz` and `plan-*.json`; uniform plans, with which rows are compared,
   come first.
 
@@ -109,26 +110,33 @@ def allocate(run: workspace.Workdir, subject: workspace.Subject, evidence: score
       sensitivity=functools.cache(lambda spec: scores.sensitivity(spec, evidence)),
       draws=config.draws,
       seed=config.seed,
+      block_cost=functools.cache(neurons.cost) if neurons else None,
   )
   found = [c for spec in config.methods for budget in config.budgets for c in methods.candidates(spec, budget, inputs)]
   found.sort(key=lambda candidate: candidate.family != "uniform")
-  for spec in sorted({name for c in found if (name := methods.score_of(c.plan.method))}):
-    inputs.cost(spec).save(run.path / f"costs-{registry.filename(spec)}.npz")
+  made = {(name, methods.block_of(c.plan.method)) for c in found if (name := methods.score_of(c.plan.method))}
+  for spec, block in sorted(made):
+    table, suffix = (inputs.block_cost(spec, block), f"-block-{block}") if block else (inputs.cost(spec), "")
+    table.save(run.path / f"costs-{registry.filename(spec)}{suffix}.npz")
   for candidate in found:
     artifacts.write_json(run.path / f"plan-{candidate.file_name()}.json", candidate.plan.as_json())
   return found
 
 
-def evaluate(subject: workspace.Subject, text: workspace.Text, layers: Sequence[artifacts.LayerCodes],
+def evaluate(subject: workspace.Subject, text: workspace.Text, layers: Sequence[Any],
              codec: codecs.Codec, candidate: Candidate, against: perplexity.Reference,
              widths: Sequence[int]) -> tuple[dict[str, Any], np.ndarray]:
-  """The row of one plan, and its loss of every sequence `[n]`: the model runs from its packed buffers."""
-  packed = [apply.pack_layer(codes, bits, widths=widths, group=codec.group, sized=True)
-            for codes, bits in zip(layers, candidate.plan.bits, strict=True)]
+  """The row of one plan, and its loss of every sequence `[n]`: the model runs from its packed buffers. `layers` are
+  codes at `widths`, or what is packed already for a plan by blocks of neurons."""
+  packed, order = layers, getattr(candidate.plan, "order", None)
+  if not isinstance(candidate.plan, channels.BlockPlan):
+    packed = [apply.pack_layer(codes, bits, widths=widths, group=codec.group, sized=True)
+              for codes, bits in zip(layers, candidate.plan.bits, strict=True)]
   blocks = apply.quantized_blocks(subject.functions, subject.blocks, packed)
   measured = perplexity.measure(subject.functions, subject.top, blocks, text.evaluation, against)
   delta, stderr = perplexity.paired(measured.loss, against.loss)
-  row = candidate.as_row() | native.sizes(packed, subject.others) | losses(measured.loss, text) | {
+  order_bits = 0 if order is None else channels.order_bits(order)
+  row = candidate.as_row() | native.sizes(packed, subject.others, order_bits) | losses(measured.loss, text) | {
       "codec": str(codec), "group": codec.group, "loss_delta": delta, "loss_delta_ci95": 1.96 * stderr,
       "kl": float(measured.kl.mean()), "router_agreement": measured.router_agreement,
   }
@@ -171,7 +179,8 @@ def full_row(subject: workspace.Subject, text: workspace.Text, loss: np.ndarray)
 
 def measure(run: workspace.Workdir, subject: workspace.Subject, text: workspace.Text,
             layers: Sequence[artifacts.LayerCodes], codec: codecs.Codec, found: Sequence[Candidate],
-            config: ml_collections.ConfigDict, codes_key: str) -> list[results.Row]:
+            config: ml_collections.ConfigDict, codes_key: str,
+            neurons: block_plans.Blocks | None = None) -> list[results.Row]:
   """Evaluates full precision and every plan into `rows.jsonl`, and the loss of every sequence into `losses.jsonl`.
 
   Rows that are there are kept if they are the first of those that this run would write, from the same inputs and plans;
@@ -181,7 +190,7 @@ def measure(run: workspace.Workdir, subject: workspace.Subject, text: workspace.
   key = artifacts.key("rows", VERSIONS["rows"], {"dtype": subject.dtype, "plans": VERSIONS["plans"]},
                       {"codes": codes_key, "text": text.digest})
   stamp = {"seed": config.seed, "config_hash": config_hash(config), "key": key}
-  plans = {"full": None} | {candidate.file_name(): artifacts.digest(candidate.plan.bits) for candidate in found}
+  plans = {"full": None} | {candidate.file_name(): candidate.as_row()["plan"] for candidate in found}
   wanted = [{"id": name, "plan": plan} | stamp for name, plan in plans.items()]
   done, seen = _kept(path, wanted), _kept(losses_path, wanted)
   against = perplexity.reference(subject.functions, subject.top, subject.blocks, text.evaluation)
@@ -194,7 +203,10 @@ def measure(run: workspace.Workdir, subject: workspace.Subject, text: workspace.
       plan, name = candidate.plan, candidate.file_name()
       row, loss = done.get(name), results.numbered(seen.get(name, {}), "sequence_")
       if row is None or name not in seen:
-        own, widths = conditions.codes(served, text.calibration, codec, plan.bits, layers, config)
+        if isinstance(plan, channels.BlockPlan):
+          own, widths = neurons.packed(plan), ()
+        else:
+          own, widths = conditions.codes(served, text.calibration, codec, plan.bits, layers, config)
         row, loss = evaluate(served, text, own, codec, candidate, against, widths)
         baseline = [] if candidate.family == "uniform" else uniform.get(plan.budget, [])
         results.append(losses_path, _losses_row(row_stamp, loss))
@@ -302,8 +314,9 @@ def config_hash(config: ml_collections.ConfigDict) -> str:
 
 
 def score_names(config: ml_collections.ConfigDict) -> list[str]:
-  """The specs of all scores that a config asks for, by themselves or in a method."""
-  return [*config.scores, *filter(None, map(methods.score_of, config.methods))]
+  """The specs of all scores of whole experts that a config asks for, by themselves or in a method."""
+  whole = (spec for spec in config.methods if not methods.block_of(spec))
+  return [*config.scores, *filter(None, map(methods.score_of, whole))]
 
 
 def check(config: ml_collections.ConfigDict) -> None:
@@ -321,6 +334,7 @@ def check(config: ml_collections.ConfigDict) -> None:
   codecs.get(config.codec).check_widths(config.widths)
   conditions.check(config)
   methods.check(config.methods, config.budgets, tuple(config.widths))
+  block_plans.check(config)
   named = score_names(config)
   scores.check(named)
   workspace.check_text(config)
@@ -365,11 +379,13 @@ def compare(config: ml_collections.ConfigDict, workdir: Path) -> None:
   experts = [subject.functions.experts(block) for block in subject.sparse_blocks()]
   evidence = scores.Evidence(stats, errors, subject.routers, subject.routers_init, experts,
                              damage.mean if damage else None, damage.stderr if damage else None, config.damage.bits)
+  with run.timed("neurons"):
+    neurons = block_plans.prepare(run, subject, text, stats, codec, config)
   with run.timed("allocate"):
     shown = {spec: scores.sensitivity(spec, evidence).tolist() for spec in config.scores}
-    found = allocate(run, subject, evidence, config)
+    found = allocate(run, subject, evidence, config, neurons)
   with run.timed("evaluate"):
-    rows = measure(run, subject, text, layers, codec, found, config, codes_key)
+    rows = measure(run, subject, text, layers, codec, found, config, codes_key, neurons)
   with run.timed("export"):
     export(run, subject, layers, codec, found, config)
   with run.timed("report"), progress.bar("write report", 1) as advance:

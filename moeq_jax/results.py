@@ -17,6 +17,8 @@ A row is flat. Its fields:
   budget                    average nominal bits per expert weight asked for; None for full precision
   nominal_bits              average bits per expert weight, codes only
   effective_bits            the same with scales, zeros and permutations
+  block, permutation_bits   of plans by blocks of neurons only: neurons of a block; the part of `effective_bits` that the
+                            order of the neurons takes, which is not stored
   stored_bits               the same from the payload bytes in the file (padding included)
   file_mb                   the whole file in units of 1e6 bytes
   loss, perplexity          held out, over all domains; loss in nats per token
@@ -28,7 +30,8 @@ A row is flat. Its fields:
   vs_uniform_ci95           half width of its 95% confidence interval, paired over sequences
   kl                        mean over tokens of KL(full precision || quantized) of the next-token distribution, nats
   router_agreement          share of (token, layer) whose set of top-k experts is that of full precision
-  constraint                which cells of the plan share one width (`allocate/constraints.py`), None in full precision
+  constraint                which cells of the plan share one width (`allocate/constraints.py`, of blocks
+                            `allocate/blocks.py`), None in full precision
   cost                      cost of the plan in its score's own units, or None
   predicted                 predicted loss increase in nats per token (None where costs are arbitrary or absent)
   lower_bound, gap          certified lower bound on the least cost, and how far the plan may be from it (or None)

@@ -23,7 +23,7 @@ LAYERS = {
     2: ("models",),
     3: ("train", "calibrate", "encode", "scores", "allocate", "assemble", "evaluate", "export", "theory"),
     4: ("pipeline", "workspace", "report", "pretrain", "runs", "main", "bench", "quantize", "language_model",
-        "inspection", "evaluation", "upcycling", "user_text", "options", "conditions",
+        "inspection", "evaluation", "upcycling", "user_text", "options", "conditions", "block_plans",
         "theory_run", "pairs", "switch_training", "switch_track"),
 }
 LAYER = {name: layer for layer, names in LAYERS.items() for name in names}

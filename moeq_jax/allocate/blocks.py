@@ -18,6 +18,7 @@ need about the same width.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -25,6 +26,7 @@ from moeq_jax import artifacts, channels, registry
 from moeq_jax.allocate import constraints, knapsack, problem
 
 CONSTRAINTS = ("none", "gate_equals_up", "projection", "expert", "per_layer_projection", "per_layer")
+DEFAULT = "none"
 
 
 def by_projection(costs: channels.BlockCosts) -> artifacts.CostTable:
@@ -96,6 +98,12 @@ def plan(costs: channels.BlockCosts, average: float, constraint: str = "none", *
   bits = np.array(costs.widths, np.int64)[solution.choice][tied.unit]
   return as_plan(costs, bits, method or f"knapsack({costs.score})", average, predicted=solution.value,
                  lower_bound=solution.bound, constraint=constraint)
+
+
+def restricted(costs: channels.BlockCosts, widths: Sequence[int]) -> channels.BlockCosts:
+  """The costs at some of their widths only; errors as of `constraints.restricted`."""
+  wanted = constraints.chosen(costs.widths, widths)
+  return dataclasses.replace(costs, cost=costs.cost[..., [costs.widths.index(w) for w in wanted]], widths=wanted)
 
 
 def as_plan(costs: channels.BlockCosts, bits: np.ndarray, method: str, average: float,

@@ -99,12 +99,18 @@ def restricted(table: artifacts.CostTable, widths: Sequence[int]) -> artifacts.C
   Raises:
     ValueError: a width that the table does not hold, or none at all.
   """
-  wanted = tuple(sorted(set(widths)))
-  if not wanted or not set(wanted) <= set(table.widths):
-    raise ValueError(f"widths={tuple(widths)}: choose at least one of config.widths={table.widths}, or add to those")
+  wanted = chosen(table.widths, widths)
   columns = [table.widths.index(width) for width in wanted]
   fields = {name: getattr(table, name) for name in ("score", "units", "projections", "sizes")}
   return artifacts.CostTable(table.cost[..., columns], wanted, **fields)
+
+
+def chosen(held: Sequence[int], widths: Sequence[int]) -> tuple[int, ...]:
+  """`widths`, ascending; raises `ValueError` unless `held` holds them all and there is one."""
+  wanted = tuple(sorted(set(widths)))
+  if not wanted or not set(wanted) <= set(held):
+    raise ValueError(f"widths={tuple(widths)}: choose at least one of config.widths={tuple(held)}, or add to those")
+  return wanted
 
 
 def as_plan(bits: np.ndarray, constraint: str) -> np.ndarray:

@@ -5,9 +5,11 @@
   tiers(SCORE, levels=2)           the paper's rule: counts by budget, order by score, re-ranked by MaxVar
   knapsack(SCORE)                  least total cost over the whole model
 
-The knapsack takes two options: `constraint`, which cells share one width (see `constraints.py`), and `widths`, those of
-`config.widths` that it may use: `knapsack(output_error, constraint=per_layer, widths=(2, 4))`. The other methods give
-one width to an expert.
+The knapsack takes three options: `constraint`, which cells share one width (see `constraints.py`), `widths`, those of
+`config.widths` that it may use, `knapsack(output_error, constraint=per_layer, widths=(2, 4))`, and `block`: neurons of
+an expert are put in order and cut into blocks of so many, and each block of each projection has its own width (then
+`constraint` is one of `blocks.CONSTRAINTS`, and the score one of `scores.channels`). The other methods give one width
+to an expert.
 
 Scores and costs arrive as functions of the score's spec, because stages do not import each other.
 """
@@ -20,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from moeq_jax import artifacts, codecs, registry
-from moeq_jax.allocate import constraints, problem, tiers
+from moeq_jax import artifacts, channels, codecs, registry
+from moeq_jax.allocate import blocks, constraints, problem, tiers
 
 MAX_VAR = {"paper": "max_var", "code": "max_var(variant='code')"}
 
@@ -37,6 +39,7 @@ class Inputs:
     sensitivity: spec of a score -> `[L, E]`, higher = more sensitive by the claim of its source.
     draws: plans of a random method.
     seed: of random methods.
+    block_cost: spec of a score of channels, and neurons of a block -> the costs of blocks of neurons in order.
   """
 
   widths: tuple[int, ...]
@@ -45,6 +48,7 @@ class Inputs:
   sensitivity: Callable[[str], np.ndarray]
   draws: int
   seed: int
+  block_cost: Callable[[str, int], channels.BlockCosts] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +62,7 @@ class Candidate:
     units: of the plan's predicted cost.
   """
 
-  plan: artifacts.Plan
+  plan: artifacts.Plan | channels.BlockPlan
   family: str
   draw: int | None = None
   units: str = "arbitrary"
@@ -74,11 +78,15 @@ class Candidate:
     nats = self.units == "nats"
     certified = plan.predicted and plan.lower_bound is not None
     gap = (plan.predicted - plan.lower_bound) / plan.predicted if certified else None
+    own = {}
+    if isinstance(plan, channels.BlockPlan):
+      own = {"block": plan.block, "permutation_bits": plan.permutation_bits(),
+             "plan": artifacts.digest([artifacts.digest(plan.bits), artifacts.digest(plan.order)])}
     return {
         "id": self.file_name(), "method": plan.method, "family": self.family, "budget": plan.budget, "draw": self.draw,
         "constraint": plan.constraint, "plan": artifacts.digest(plan.bits), "cost": plan.predicted,
         "predicted": plan.predicted if nats else None, "lower_bound": plan.lower_bound if nats else None, "gap": gap,
-    }
+    } | own
 
 
 def _uniform(budget: float, inputs: Inputs) -> list[Candidate]:
@@ -140,18 +148,25 @@ def _tiers(score: str, budget: float, inputs: Inputs, *, levels: int = 2, varian
   return [Candidate(artifacts.Plan(bits, method, budget), "tiers")]
 
 
-def _knapsack(score: str, budget: float, inputs: Inputs, *, constraint: str = constraints.DEFAULT,
-              widths: Sequence[int] | None = None) -> list[Candidate]:
+def _knapsack(score: str, budget: float, inputs: Inputs, *, constraint: str | None = None,
+              widths: Sequence[int] | None = None, block: int = 0) -> list[Candidate]:
+  if block and block not in channels.BLOCKS:
+    raise ValueError(f"knapsack: block={block!r} is not one of {channels.BLOCKS} neurons")
   if widths is not None and not (isinstance(widths, tuple | list) and all(isinstance(w, int) for w in widths)):
     raise ValueError(f"knapsack: widths={widths!r} are no bit numbers; write them like (2, 4)")
-  table = inputs.cost(score)
-  options = {}
-  if constraint != constraints.DEFAULT:
+  table = inputs.block_cost(score, block) if block else inputs.cost(score)
+  default = blocks.DEFAULT if block else constraints.DEFAULT
+  constraint, options = constraint or default, {"block": block} if block else {}
+  if constraint != default:
     options["constraint"] = constraint
   if widths is not None:
-    table = constraints.restricted(table, widths)
+    table = (blocks if block else constraints).restricted(table, widths)
     options["widths"] = table.widths
-  plan = problem.plan(table, budget, constraint, str(registry.Spec("knapsack", (table.score,), options)))
+  method = str(registry.Spec("knapsack", (table.score,), options))
+  if block:
+    plan = blocks.plan(table, budget, constraint, method=method)
+  else:
+    plan = problem.plan(table, budget, constraint, method)
   family = "measured" if registry.parse(score).name == "damage" else "knapsack"
   return [Candidate(plan, family, units=table.units)]
 
@@ -179,10 +194,19 @@ def check(specs: Sequence[str], budgets: Sequence[float], widths: Sequence[int])
   names = artifacts.PROJECTIONS
   free = functools.partial(artifacts.CostTable, np.zeros((1, 2, len(names), len(widths))), tuple(widths),
                            units="arbitrary", projections=names, sizes=(1,) * len(names))
-  rehearsal = Inputs(tuple(widths), (1, 2), cost=free, sensitivity=lambda score: np.zeros((1, 2)), draws=1, seed=0)
+  rehearsal = Inputs(tuple(widths), (1, 2), cost=free, sensitivity=lambda score: np.zeros((1, 2)), draws=1, seed=0,
+                     block_cost=functools.partial(_free_blocks, tuple(widths)))
   for spec in specs:
     for budget in budgets:
       candidates(spec, budget, rehearsal)
+
+
+def _free_blocks(widths: tuple[int, ...], score: str, block: int) -> channels.BlockCosts:
+  """Costs of zero for one block of each projection."""
+  names = artifacts.PROJECTIONS
+  place = np.arange(len(names))
+  return channels.BlockCosts(np.zeros((1, 2, len(names), len(widths))), widths, score, "arbitrary", names, place,
+                             np.ones_like(place), block=block, down_block=block)
 
 
 def _bound(spec: str) -> Callable[[float, Inputs], list[Candidate]]:
@@ -209,3 +233,8 @@ def score_of(spec: str) -> str | None:
   """The score that a method's spec names as its first argument, if any."""
   args = registry.parse(spec).args
   return args[0] if args else None
+
+
+def block_of(spec: str) -> int:
+  """The neurons of a block that a method's spec names; 0 where it gives bits to nothing smaller than a projection."""
+  return registry.parse(spec).kwargs.get("block") or 0

@@ -18,6 +18,7 @@ import numpy as np
 
 from moeq_jax import channels, steps
 from moeq_jax.calibrate import spectrum, statistics, taps
+from moeq_jax.kernels.chunks import chunks, fill
 
 _INPUTS = {"input": "input_sq", "mid": "mid_sq"}
 _SKETCHES = {"input": "sketch_input", "mid": "sketch_mid"}
@@ -75,6 +76,37 @@ def update(functions: Any, block: Any, sums: dict[str, jax.Array], state: Any, d
       "router_grad_sq": jnp.sum(jnp.square(d_router.astype(jnp.float32) * scale), axis=-1),
   }
   return jax.tree.map(jnp.add, sums, batch), d_input
+
+
+def of_rows(rows: np.ndarray, mids: np.ndarray, *, rank: int = spectrum.RANK,
+            damping: float = spectrum.DAMPING) -> dict[str, np.ndarray]:
+  """The fields of `ChannelStats` that the inputs of one expert decide, from its rows: for callers that hold one expert
+  at a time.
+
+  Args:
+    rows, mids: `[R, D]` and `[R, F]`, inputs of gate and up, and of down; R may be 0.
+    rank, damping: as for `collect`.
+
+  Returns:
+    `input_sq` `[D]` and `mid_sq` `[F]` float32, `condition` and `log_am_gm` `[2, 3]` float64.
+  """
+  found, sides = {}, []
+  for side, values in zip(channels.SIDES, (rows, mids), strict=True):
+    test = spectrum.test_vectors(values.shape[1], rank)
+    squares, sketch = np.zeros(values.shape[1], np.float32), np.zeros(test.shape, np.float32)
+    for place, size in chunks(len(values)):
+      own, gram = _row_sums(fill(values[place], size), test)
+      squares, sketch = squares + np.asarray(own), sketch + np.asarray(gram)
+    found[_INPUTS[side]] = squares
+    sides.append(spectrum.summarise(sketch, squares, damping))
+  return found | {field: np.stack([getattr(side, field) for side in sides]) for field in ("condition", "log_am_gm")}
+
+
+@jax.jit
+def _row_sums(rows: jax.Array, test: jax.Array) -> tuple[jax.Array, jax.Array]:
+  rows = rows.astype(jnp.float32)
+  seen = jnp.matmul(rows, test, precision="highest")
+  return jnp.sum(jnp.square(rows), axis=0), jnp.matmul(rows.T, seen, precision="highest")
 
 
 def sweep(functions: Any, top: Any, blocks: Sequence[Any], sums: dict[int, dict[str, jax.Array]],

@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moeq_jax import artifacts, codecs, qtensor
+from moeq_jax import artifacts, channels, codecs, qtensor
 
-BLOCKS = (16, 32, 64, 128)  # neurons of a block
+BLOCKS = channels.BLOCKS
 
 
 def sort_experts(experts: Mapping[str, Any], orders: np.ndarray) -> dict[str, np.ndarray]:
@@ -32,6 +32,11 @@ def sort_experts(experts: Mapping[str, Any], orders: np.ndarray) -> dict[str, np
   axis = {"gate": orders[:, None, :], "up": orders[:, None, :], "down": orders[:, :, None]}
   return {name: np.take_along_axis(np.asarray(w), axis[name], axis=1 if name == "down" else 2)
           for name, w in experts.items()}
+
+
+def sort_expert(expert: Mapping[str, np.ndarray], order: np.ndarray) -> dict[str, np.ndarray]:
+  """`sort_experts` of one expert, `{projection: [K, N]}`, whose `order` is `[F]`."""
+  return {name: w[order] if name == "down" else w[:, order] for name, w in expert.items()}
 
 
 def sort_stats(stats: artifacts.Stats, orders: Sequence[np.ndarray]) -> artifacts.Stats:
@@ -86,20 +91,38 @@ def encode_layer(experts: Mapping[str, Any], bits: Mapping[str, np.ndarray], mom
     w, wanted = jnp.asarray(w, jnp.float32), np.asarray(bits[name], np.int32)
     codec.check_widths(np.unique(wanted).tolist())
     codecs.check_finite(w, name)
-    rows, columns = w.shape[1:]
-    _check_blocks(name, rows if name == "down" else columns, wanted, codec.group)
-    if name == "down":
-      groups = np.repeat(wanted, rows // wanted.shape[1] // (codec.group or rows), axis=1)[:, :, None]
-    else:
-      groups = np.repeat(wanted, columns // wanted.shape[1], axis=1)[:, None, :]
+    groups = group_widths(name, wanted, w.shape[1:], codec.group)
     moment = jnp.asarray(moments[name], jnp.float32) if codec.needs_moment else None
-    found[name] = (jax.tree.map(np.asarray, _encode(codec, w, jnp.asarray(groups), moment)),
-                   wanted[:, :, None] if name == "down" else wanted[:, None, :])
+    encoded = jax.tree.map(np.asarray, _encode(codec, w, jnp.asarray(groups), moment))
+    found[name] = encoded, channels.grid(name, wanted)
   return found
 
 
-def _check_blocks(name: str, neurons: int, bits: np.ndarray, group: int) -> None:
-  blocks = bits.shape[1]
+def group_widths(name: str, bits: np.ndarray, shape: tuple[int, int], group: int) -> np.ndarray:
+  """The widths of blocks of neurons as codecs take them.
+
+  Args:
+    name: of the projection.
+    bits: `[..., NB]`.
+    shape: `(K, N)` of the projection.
+    group: rows that share a scale.
+
+  Returns:
+    `[..., 1, N]` of gate and up, `[..., G, 1]` of down; `[..., 1, 1]` of a single block.
+
+  Raises:
+    ValueError: a number of blocks that does not divide the neurons, or K-blocks of down that cut a scale group.
+  """
+  neurons, blocks = shape[name != "down"], bits.shape[-1]
+  _check_blocks(name, neurons, blocks, group)
+  if blocks == 1:
+    return bits[..., None]
+  if name == "down":
+    return np.repeat(bits, neurons // blocks // group, axis=-1)[..., None]
+  return np.repeat(bits, neurons // blocks, axis=-1)[..., None, :]
+
+
+def _check_blocks(name: str, neurons: int, blocks: int, group: int) -> None:
   if neurons % blocks:
     raise ValueError(f"{name}: {blocks} blocks do not divide {neurons} neurons; choose another block size")
   if name == "down" and blocks > 1 and (not group or (neurons // blocks) % group):

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moeq_jax import artifacts, codecs
+from moeq_jax import artifacts, channels, codecs
 from moeq_jax.kernels.chunks import chunks, fill
 
 SLAB = 64 << 20  # bytes of a slab in float32
@@ -68,13 +68,51 @@ def expert_errors(weights: Mapping[str, np.ndarray], rows: np.ndarray | None, mi
   return {field: values if have[field] else None for field, values in table.items()} | {"norm": norm}
 
 
+def channel_errors(weights: Mapping[str, np.ndarray], rows: np.ndarray | None, mids: np.ndarray | None, *,
+                   codec: codecs.Codec, widths: Sequence[int], grad_sq: Mapping[str, np.ndarray] | None = None,
+                   total_tokens: int = 1) -> dict[str, np.ndarray | None]:
+  """As `expert_errors`, neuron by neuron.
+
+  Args:
+    weights, rows, mids, codec, widths, grad_sq, total_tokens: as for `expert_errors`.
+
+  Returns:
+    What `channels.ChannelErrors` holds of one expert with `axis="neurons"`: `weight` and `fisher` `[J, W]` float32;
+    `fisher` is None without rows or `grad_sq`.
+
+  Raises:
+    ValueError: as `expert_errors`.
+  """
+  codec.check_widths(widths)
+  names = [name for name in artifacts.PROJECTIONS if name in weights]
+  found: dict[str, list[np.ndarray]] = {"weight": [], "fisher": []}
+  for name, inputs, factor in _with_inputs(names, rows, mids, codec):
+    along, (k, n) = channels.along(name, "neurons"), weights[name].shape
+    excited = np.zeros(k, np.float32) if inputs is None else _square_sums(inputs)
+    gradients = np.zeros(n, np.float32) if grad_sq is None else np.asarray(grad_sq[name], np.float32)
+    own = np.zeros((2, weights[name].shape[along], len(widths)))
+    for columns in _slabs(weights[name].shape):
+      w = jnp.asarray(weights[name][:, columns])
+      place = columns if along else slice(None)
+      for i, bits in enumerate(widths):
+        _, delta = _encode(codec, w, jnp.int32(bits), factor)
+        own[:, place, i] += np.asarray(_channel_sums(along, delta, excited, gradients[columns]), np.float64)
+    for kind, sums in zip(found, own, strict=True):
+      found[kind].append(sums)
+  weight, fisher = (np.concatenate(parts) for parts in found.values())
+  measured = rows is not None and grad_sq is not None
+  fisher = (fisher * (0.5 / max(len(rows), 1) / total_tokens)).astype(np.float32) if measured else None
+  return {"weight": weight.astype(np.float32), "fisher": fisher}
+
+
 def encode_expert(weights: Mapping[str, np.ndarray], rows: np.ndarray | None, mids: np.ndarray | None,
-                  bits: Mapping[str, int], *, codec: codecs.Codec) -> dict[str, codecs.Encoded]:
+                  bits: Mapping[str, int | np.ndarray], *, codec: codecs.Codec) -> dict[str, codecs.Encoded]:
   """The codes of one expert.
 
   Args:
     weights, rows, mids, codec: as for `expert_errors`; codecs without data take None for rows and mids.
-    bits: the width of each projection.
+    bits: the width of each projection: one number, or one for every group, `[1, N]` or `[G, 1]`
+      (`neurons.group_widths`).
 
   Returns:
     `{projection: Encoded}` of numpy arrays, in the order of `artifacts.PROJECTIONS`.
@@ -82,11 +120,14 @@ def encode_expert(weights: Mapping[str, np.ndarray], rows: np.ndarray | None, mi
   Raises:
     ValueError: a codec that needs rows gets none, or cannot encode a width to some use.
   """
-  codec.check_widths(bits.values())
+  bits = {name: np.asarray(own, np.int32) for name, own in bits.items()}
+  codec.check_widths(np.unique(np.concatenate([own.ravel() for own in bits.values()])).tolist())
   encoded = {}
   names = [name for name in artifacts.PROJECTIONS if name in weights]
   for name, _, factor in _with_inputs(names, rows, mids, codec):
-    parts = [jax.tree.map(np.asarray, _encode(codec, weights[name][:, columns], jnp.int32(bits[name]), factor)[0])
+    own = bits[name]
+    parts = [jax.tree.map(np.asarray, _encode(codec, weights[name][:, columns],
+                                              own[:, columns] if own.size > 1 and len(own) == 1 else own, factor)[0])
              for columns in _slabs(weights[name].shape)]
     encoded[name] = codecs.Encoded(*(np.concatenate(field, axis=1) for field in zip(*parts)))
   return encoded
@@ -184,3 +225,13 @@ def _square_output(rows: jax.Array, delta: jax.Array) -> jax.Array:
 def _weighed(delta: jax.Array, inputs: jax.Array, outputs: jax.Array) -> jax.Array:
   """`sum_kn inputs_k outputs_n dW_kn^2`."""
   return jnp.sum(jnp.matmul(inputs, jnp.square(delta), precision=_HIGHEST) * outputs)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _channel_sums(along: int, delta: jax.Array, inputs: jax.Array, outputs: jax.Array) -> jax.Array:
+  """Of every column (`along` 1) or row (0) of `[K, n]`: the squares of `delta`, and the same weighed as in `_weighed`;
+  `[2, n]` or `[2, K]`."""
+  squared = jnp.square(delta)
+  if along:
+    return jnp.stack([jnp.sum(squared, axis=0), jnp.matmul(inputs, squared, precision=_HIGHEST) * outputs])
+  return jnp.stack([jnp.sum(squared, axis=1), jnp.matmul(squared, outputs, precision=_HIGHEST) * inputs])

@@ -44,7 +44,8 @@ def layer_file(layer: int) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def save_layer(directory: Path, layer: int, packed: Packed, others: Tensors, meta: Mapping[str, Any]) -> Path:
+def save_layer(directory: Path, layer: int, packed: Packed, others: Tensors, meta: Mapping[str, Any], *,
+               order_bits: int = 0) -> Path:
   """Writes one block, atomically; a manifest that is there no longer holds and is deleted.
 
   Args:
@@ -53,12 +54,14 @@ def save_layer(directory: Path, layer: int, packed: Packed, others: Tensors, met
     packed: the block's experts by projection; empty for a dense block.
     others: the block's other tensors, by their names in the source.
     meta: JSON-able; `read_meta` gives it back.
+    order_bits: what the order of the experts' neurons would take; it is counted in `effective_bits`, not stored.
 
   Returns:
     The path of the file.
   """
   named = {f"blocks.{layer}.experts.{name}": q for name, q in packed.items()}
-  return _save(directory / layer_file(layer), named | dict(others), dict(meta) | {"counts": counts(packed, others)})
+  return _save(directory / layer_file(layer), named | dict(others),
+               dict(meta) | {"counts": counts(packed, others, order_bits)})
 
 
 def save_top(directory: Path, others: Tensors, meta: Mapping[str, Any]) -> Path:
@@ -130,20 +133,22 @@ def save(directory: Path, packed: Sequence[Packed], others: Sequence[Tensors], t
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def counts(packed: Packed, others: Tensors) -> dict[str, int]:
-  """What `sizes` adds up: expert weights, their bits in codes and in scales and zeros, their bytes, all other bytes."""
+def counts(packed: Packed, others: Tensors, order_bits: int = 0) -> dict[str, int]:
+  """What `sizes` adds up: expert weights, their bits in codes and in scales and zeros (and in an order of neurons), their
+  bytes, all other bytes."""
   tensors = list(packed.values())
   weights = sum(int(np.prod(q.shape)) for q in tensors)
   nominal = qtensor.nominal_bits(*tensors) if tensors else 0
   effective = qtensor.effective_bits(*tensors) if tensors else 0
-  found = (weights, nominal * weights, (effective - nominal) * weights, qtensor.stored_bytes(*tensors),
+  found = (weights, nominal * weights, (effective - nominal) * weights + order_bits, qtensor.stored_bytes(*tensors),
            sum(a.nbytes for a in others.values()))
   return {name: round(value) for name, value in zip(_COUNTS, found, strict=True)}
 
 
-def sizes(packed: Iterable[Packed], others: Tensors) -> dict[str, float]:
-  """Bits per expert weight, counted three ways, and megabytes (1e6) of all tensors in the files, headers excluded."""
-  return _sizes([*(counts(layer, {}) for layer in packed), counts({}, others)])
+def sizes(packed: Iterable[Packed], others: Tensors, order_bits: int = 0) -> dict[str, float]:
+  """Bits per expert weight, counted three ways, and megabytes (1e6) of all tensors in the files, headers excluded.
+  `order_bits` of an order of neurons, see `save_layer`."""
+  return _sizes([*(counts(layer, {}) for layer in packed), counts({}, others, order_bits)])
 
 
 def _sizes(counted: Iterable[Mapping[str, int]]) -> dict[str, float]:

@@ -20,7 +20,7 @@ from rich import table as rich_table
 from moeq_jax import codecs, inspection, registry, user_text, workspace
 from moeq_jax.allocate import accounting, methods
 from moeq_jax.models import families, hf_config, names, switch
-from moeq_jax.quantize import estimates, initial, measure, room, settings, sizes
+from moeq_jax.quantize import blocks, estimates, initial, measure, room, settings, sizes
 from moeq_jax.quantize import needs as needs_lib
 from moeq_jax.quantize import subject as subject_lib
 from moeq_jax.quantize.subject import Subject
@@ -69,17 +69,20 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> Outlook:
 
 def outlook(config: ml_collections.ConfigDict, run: workspace.Workdir) -> Outlook:
   """What a run of `config` would do."""
+  config = blocks.resolved(config)
   settings.check(config)
   subject, checked = _subject(config, run)
-  source, codec = subject.source, codecs.get(config.codec)
+  source, codec, shapes = subject.source, codecs.get(config.codec), measure.projection_shapes(subject)
+  blocks.check_source(config.method, codec, shapes)
   method, known = initial.expected(config, source)
   if config.method != method:
     checked.append(f"initial routers are not known: {config.method} becomes {method} (config.missing_routers)")
-  for name, (k, _) in measure.projection_shapes(subject).items():
+  for name, (k, _) in shapes.items():
     if codec.group and k % codec.group:
       checked.append(f"{name}: its {k} rows do not fill groups of {codec.group}; the last one is short")
   bits = room.budget(config, subject, codec.group)
-  needs = needs_lib.of(method, bits, tuple(config.widths), codec, source.projections, known)
+  needs = needs_lib.of(method, bits, tuple(config.widths), codec, source.projections, known,
+                       text=bool(config.calibration.sequences))
   texts = {purpose: _text(config, purpose, source.config) for purpose in user_text.PURPOSES}
   calibration = texts["calibration"] if needs.text else None
   if needs.text and calibration is None:
@@ -90,7 +93,7 @@ def outlook(config: ml_collections.ConfigDict, run: workspace.Workdir) -> Outloo
     checked.append(f"experts of a layer by width: {_counted(counts)}, {_average(counts):g} bits on average")
   parts = _parts(source.config)
   return Outlook(
-      checked, bits, counts, inspection.counts(source.config), room.quantized_bytes(subject, bits, codec.group),
+      checked, bits, counts, inspection.counts(source.config), room.quantized_bytes(subject, bits, codec.group, method),
       None if counts is None or source.config.family != "mixtral" else accounting.memory(parts, counts),
       room.disk_needed(subject, config, needs, bits, codec.group, calibration, texts["evaluation"]),
       estimates.stages(amounts, needs, codec, len(config.widths), sequential=config.sequential))

@@ -4,13 +4,13 @@ import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
 
-from moeq_jax import artifacts, codecs, container, progress, qtensor, steps, user_text
-from moeq_jax.encode import stream
+from moeq_jax import artifacts, channels, codecs, container, progress, qtensor, steps, user_text
+from moeq_jax.encode import neurons, stream
 from moeq_jax.export import native
 from moeq_jax.models import convert
 from moeq_jax.quantize import measure, packing, room
@@ -26,25 +26,43 @@ class Job:
 
   Attributes:
     codec: the codec.
-    bits: `[L, E, P]`.
+    bits: `{projection: [L, E, blocks]}`, widths of blocks of neurons; one block where a projection has one width.
     sequential: whether a layer's rows come from the quantized layers before it.
+    order: `[L, E, F]`, which neuron stands at each place, or None for the source's own order.
   """
 
   codec: codecs.Codec
-  bits: np.ndarray
+  bits: Mapping[str, np.ndarray]
   sequential: bool
+  order: np.ndarray | None = None
+
+  @classmethod
+  def of(cls, codec: codecs.Codec, plan: artifacts.Plan | channels.BlockPlan, projections: Sequence[str],
+         sequential: bool) -> Self:
+    """What encodes a plan."""
+    if isinstance(plan, channels.BlockPlan):
+      return cls(codec, plan.by_projection(), sequential, plan.order)
+    bits = np.moveaxis(plan.by_projection(len(projections)), 2, 0)[..., None]
+    return cls(codec, dict(zip(projections, bits, strict=True)), sequential)
 
   def spec(self, place: int) -> dict[str, Any]:
     """What the key of MoE layer number `place` says of it."""
-    decides = self.bits[: place + 1] if self.sequential else self.bits[place]
-    return {"codec": str(self.codec), "bits": decides.tolist(), "sequential": self.sequential}
+    decides = slice(0 if self.sequential else place, place + 1)
+    said = {"codec": str(self.codec), "bits": {name: bits[decides].tolist() for name, bits in self.bits.items()},
+            "sequential": self.sequential}
+    return said if self.order is None else said | {"order": artifacts.digest(self.order[decides])}
+
+  @property
+  def layers(self) -> int:
+    """MoE layers."""
+    return len(next(iter(self.bits.values())))
 
 
 def most_rows(subject: Subject, job: Job) -> dict[str, int]:
   """Buffer rows of each projection in the layer where it takes the most."""
-  shapes = measure.projection_shapes(subject).items()
-  return {name: max(qtensor.packed_rows(bits, (len(bits), *shape), job.codec.group) for bits in job.bits[:, :, place])
-          for place, (name, shape) in enumerate(shapes)}
+  group, shapes = job.codec.group, measure.projection_shapes(subject)
+  return {name: max(qtensor.packed_rows(channels.grid(name, bits), (len(bits), *shapes[name]), group) for bits in own)
+          for name, own in job.bits.items()}
 
 
 def directory(subject: Subject) -> Path:
@@ -90,7 +108,7 @@ def encode(subject: Subject, job: Job, text: user_text.Text | None,
   if not job.codec.needs_moment:
     states = None
   elif job.sequential:
-    key = subject.text_key("states", {"model": "quantized", "job": job.spec(len(job.bits))}, text)
+    key = subject.text_key("states", {"model": "quantized", "job": job.spec(job.layers)}, text)
     states = quantized_states(subject, job, text, "sequential", key)
   metas = {}
   with progress.bar("encode", len(subject.layers)) as advance:
@@ -147,7 +165,10 @@ def _make(subject: Subject, job: Job, layer: int, key: str, states: states_lib.S
   packed = packing.join_layer([parts.pop(expert) for expert in sorted(parts)]) if parts else {}
   others = subject.source.others(layer)
   meta = {"key": key, "tokens": tokens}
-  native.save_layer(directory(subject), layer, packed, others, meta)
+  order_bits = 0
+  if packed and job.order is not None:
+    order_bits = channels.order_bits(job.order[subject.sparse.index(layer)])
+  native.save_layer(directory(subject), layer, packed, others, meta, order_bits=order_bits)
   if states is not None and layer in subject.sparse and layer + 1 < len(subject.layers):
     if job.sequential:
       states.put(layer + 1, through(subject, job, layer, packed, others, states.at(layer)))
@@ -159,12 +180,18 @@ def _make(subject: Subject, job: Job, layer: int, key: str, states: states_lib.S
 def _visitor(subject: Subject, job: Job, layer: int,
              parts: dict[int, dict[str, qtensor.QTensor]]) -> Callable[..., None]:
   """What encodes and packs each expert of a block into `parts`."""
-  bits, names = job.bits[subject.sparse.index(layer)], subject.source.projections
+  place, group = subject.sparse.index(layer), job.codec.group
 
   def visit(expert: int, weights: Mapping[str, np.ndarray], rows: Any, mids: Any) -> None:
-    own = dict(zip(names, bits[expert].tolist(), strict=True))
-    encoded = stream.encode_expert(weights, rows, mids, own, codec=job.codec)
-    parts[expert] = packing.pack_expert(encoded, own, job.codec.group)
+    own = {name: bits[place, expert] for name, bits in job.bits.items()}
+    if job.order is None:
+      widths = {name: int(bits[0]) for name, bits in own.items()}
+    else:
+      order = job.order[place, expert]
+      weights, mids = neurons.sort_expert(weights, order), None if mids is None else mids[:, order]
+      widths = {name: neurons.group_widths(name, bits, weights[name].shape, group) for name, bits in own.items()}
+    encoded = stream.encode_expert(weights, rows, mids, widths, codec=job.codec)
+    parts[expert] = packing.pack_expert(encoded, own, group)
 
   return visit
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from moeq_jax import artifacts, codecs, progress, steps, user_text
+from moeq_jax.calibrate import channels as channel_statistics
 from moeq_jax.calibrate import layerwise
 from moeq_jax.encode import stream
 from moeq_jax.models import names
@@ -30,15 +31,23 @@ class Encoding:
   Attributes:
     codec: the codec.
     widths: candidate bits.
+    neurons: whether errors are those of every neuron of every projection, not of whole projections.
   """
 
   codec: codecs.Codec
   widths: tuple[int, ...]
+  neurons: bool = False
 
   @property
   def spec(self) -> dict[str, Any]:
     """What a product's key says of it."""
-    return {"codec": str(self.codec), "widths": list(self.widths)}
+    return {"codec": str(self.codec), "widths": list(self.widths)} | ({"neurons": True} if self.neurons else {})
+
+  def expert(self, weights: Mapping[str, np.ndarray], rows: Any, mids: Any, **gradients: Any) -> dict[str, Any]:
+    """The errors of one expert, see `encode.stream`; of neurons with what `ChannelStats` says of its inputs."""
+    ask = functools.partial(stream.channel_errors if self.neurons else stream.expert_errors, weights, rows, mids)
+    found = ask(codec=self.codec, widths=self.widths, **gradients)
+    return found | (channel_statistics.of_rows(rows, mids) if self.neurons and rows is not None else {})
 
 
 def text_states(subject: Subject, text: user_text.Text, name: str, *, keep: bool) -> states_lib.States:
@@ -85,7 +94,7 @@ def forward(subject: Subject, text: user_text.Text, states: states_lib.States,
   """Sends the calibration text through the model; with `encoding`, measures errors on the way.
 
   Returns:
-    By block, for those with experts: `tokens` and `gate_weight` `[E]`, and errors (see `artifacts.ErrorTable`).
+    By block, for those with experts: `tokens` and `gate_weight` `[E]`, and errors as `errors` gives them.
   """
   spec = {"encoding": encoding.spec if encoding else None}
   key, found = subject.text_key("forward", spec, text), {}
@@ -107,7 +116,7 @@ def _forward_layer(subject: Subject, states: states_lib.States, layer: int, enco
   table: dict[int, dict[str, np.ndarray]] = {}
 
   def visit(expert: int, weights: Mapping[str, np.ndarray], rows: Any, mids: Any) -> None:
-    table[expert] = stream.expert_errors(weights, rows, mids, codec=encoding.codec, widths=encoding.widths)
+    table[expert] = encoding.expert(weights, rows, mids)
 
   after, stats = forward_layer(subject, layer, states.at(layer), visit if encoding else None)
   fresh.append(after)
@@ -174,7 +183,7 @@ def errors(subject: Subject, text: user_text.Text | None, states: states_lib.Sta
     encoding: codec and widths.
 
   Returns:
-    By block, the errors (see `artifacts.ErrorTable`).
+    By block, the errors (see `artifacts.ErrorTable`; of neurons `channels.ChannelErrors` and `ChannelStats`).
   """
   spec = encoding.spec | {"fisher": gradients is not None}
   key = subject.text_key("errors", spec, text) if text else subject.key("errors", spec)
@@ -194,8 +203,7 @@ def _errors_layer(subject: Subject, states: states_lib.States | None, layer: int
 
   def visit(expert: int, weights: Mapping[str, np.ndarray], rows: Any, mids: Any) -> None:
     squares = {name: gradients[f"grad_sq_{name}"][expert] for name in weights} if gradients else None
-    table[expert] = stream.expert_errors(weights, rows, mids, codec=encoding.codec, widths=encoding.widths,
-                                         grad_sq=squares, total_tokens=tokens)
+    table[expert] = encoding.expert(weights, rows, mids, grad_sq=squares, total_tokens=tokens)
 
   if states is None:
     for expert in range(subject.source.experts):
@@ -206,11 +214,11 @@ def _errors_layer(subject: Subject, states: states_lib.States | None, layer: int
 
 
 def _stack(table: Mapping[int, Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-  """The errors of a block's experts as arrays `[E, P, W]` and `[E, P]`; what was not measured is left out."""
+  """What was measured of a block's experts as arrays `[E, ...]`; what was not measured is left out."""
   if not table:
     return {}
-  return {name: np.stack([np.asarray(table[expert][name], np.float64) for expert in sorted(table)])
-          for name in ERRORS if table[0].get(name) is not None}
+  return {name: np.stack([table[expert][name] for expert in sorted(table)])
+          for name, first in table[0].items() if first is not None}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

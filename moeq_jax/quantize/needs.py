@@ -11,11 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from moeq_jax import artifacts, codecs, registry, scores
+from moeq_jax import artifacts, channels, codecs, registry, scores
 from moeq_jax.allocate import methods
+from moeq_jax.quantize import blocks
+from moeq_jax.scores import channels as channel_scores
 
 # Fields of Stats that come without a pass over text; that need a backward pass; that streaming never has.
-_FREE, _BACKWARD = {"router_norm"}, {"router_grad", "grad_sq_gate", "grad_sq_up", "grad_sq_down"}
+_FREE = {"router_norm"}
+_BACKWARD = {"router_grad", "grad_sq_gate", "grad_sq_up", "grad_sq_down", "gradients"}
 _NEVER = {"moment_in", "moment_mid"}
 _LAYERS, _EXPERTS, _HIDDEN, _FFN = 2, 4, 8, 6
 
@@ -65,7 +68,7 @@ class _Watched:
 
 
 def of(method: str, budget: float, widths: Sequence[int], codec: codecs.Codec, projections: Sequence[str],
-       routers_init: bool) -> Needs:
+       routers_init: bool, text: bool = True) -> Needs:
   """What `method` needs.
 
   Args:
@@ -75,6 +78,7 @@ def of(method: str, budget: float, widths: Sequence[int], codec: codecs.Codec, p
     codec: the codec.
     projections: those that the model's experts have.
     routers_init: whether the routers before training are known.
+    text: whether there is calibration text; some scores of neurons do without where there is none.
 
   Raises:
     ValueError: an unknown method or score, a budget that cannot be met, or a score that reads what streaming does not
@@ -84,8 +88,14 @@ def of(method: str, budget: float, widths: Sequence[int], codec: codecs.Codec, p
   if score and registry.parse(score).name == "damage":
     raise ValueError("score damage runs the whole model once for every expert, which streaming does not; take"
                      " router_grad_error or fisher_error, or configs/quickstart.py for a model that fits into memory")
-  stats, errors = (_Watched("stats", _stats(), _NEVER), _Watched("errors", _errors(codec, widths, projections), set()))
-  evidence = _evidence(stats, errors, projections, routers_init)
+  if methods.block_of(method):
+    stats, errors = _Watched("stats", _channel_stats(), set()), _channel_errors(codec, widths, projections)
+    errors = _Watched("errors", errors, set())
+    evidence = channel_scores.Evidence(errors, [_experts(projections)] * _LAYERS, stats if text else None)
+  else:
+    stats, errors = _Watched("stats", _stats(), _NEVER), _errors(codec, widths, projections)
+    errors = _Watched("errors", errors, set())
+    evidence = _evidence(stats, errors, projections, routers_init)
   try:
     candidate(method, budget, widths, evidence, seed=0)
   except registry.SpecError:
@@ -99,12 +109,13 @@ def of(method: str, budget: float, widths: Sequence[int], codec: codecs.Codec, p
   return Needs(forward, backward, bool(measured), "fisher" in measured, rows)
 
 
-def candidate(method: str, budget: float, widths: Sequence[int], evidence: scores.Evidence,
+def candidate(method: str, budget: float, widths: Sequence[int], evidence: scores.Evidence | channel_scores.Evidence,
               seed: int) -> methods.Candidate:
-  """The plan that a method makes of the evidence; the first draw of a random one."""
+  """The plan that a method makes of the evidence, of neurons for blocks of them; the first draw of a random one."""
   inputs = methods.Inputs(
       widths=tuple(widths),
-      shape=evidence.routers.shape[:2],
+      shape=() if isinstance(evidence, channel_scores.Evidence) else evidence.routers.shape[:2],
+      block_cost=lambda spec, block: blocks.costs(evidence, spec, block),
       cost=lambda spec: scores.as_cost(spec, evidence),
       sensitivity=lambda spec: scores.sensitivity(spec, evidence),
       draws=1,
@@ -141,6 +152,26 @@ def _errors(codec: codecs.Codec, widths: Sequence[int], projections: Sequence[st
 
 def _evidence(stats: Any, errors: Any, projections: Sequence[str], routers_init: bool) -> scores.Evidence:
   routers = _random(_LAYERS, _EXPERTS, _HIDDEN).astype(np.float32)
+  experts = [_experts(projections)] * _LAYERS
+  return scores.Evidence(stats, errors, routers, 0.5 * routers if routers_init else None, experts)
+
+
+def _experts(projections: Sequence[str]) -> dict[str, np.ndarray]:
   shapes = {name: (_FFN, _HIDDEN) if name == "down" else (_HIDDEN, _FFN) for name in projections}
-  experts = {name: _random(_EXPERTS, *shape).astype(np.float32) for name, shape in shapes.items()}
-  return scores.Evidence(stats, errors, routers, 0.5 * routers if routers_init else None, [experts] * _LAYERS)
+  return {name: _random(_EXPERTS, *shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def _channel_stats() -> channels.ChannelStats:
+  plain, summary = _stats(), np.full((_LAYERS, _EXPERTS, 2, 3), 2.0)
+  same = ("tokens", "gate_weight", "router_norm", "router_grad", "grad_sq_gate", "grad_sq_up", "grad_sq_down",
+          "total_tokens", "batches")
+  return channels.ChannelStats(
+      **{name: getattr(plain, name) for name in same}, input_sq=_random(_LAYERS, _EXPERTS, _HIDDEN),
+      mid_sq=_random(_LAYERS, _EXPERTS, _FFN), condition=summary, log_am_gm=summary, damping=0.01)
+
+
+def _channel_errors(codec: codecs.Codec, widths: Sequence[int], projections: Sequence[str]) -> channels.ChannelErrors:
+  projection, sizes = channels.units([(_FFN, _HIDDEN)] * len(projections))
+  error = _random(_LAYERS, _EXPERTS, len(sizes), 1) * 4.0 ** -np.array(widths)
+  return channels.ChannelErrors(error, error, tuple(widths), str(codec), codec.group, tuple(projections), projection,
+                                sizes)

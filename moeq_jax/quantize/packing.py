@@ -5,16 +5,18 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from moeq_jax import codecs, qtensor
+from moeq_jax import channels, codecs, qtensor
 
 
-def pack_expert(encoded: Mapping[str, codecs.Encoded], bits: Mapping[str, int],
+def pack_expert(encoded: Mapping[str, codecs.Encoded], bits: Mapping[str, int | np.ndarray],
                 group: int) -> dict[str, qtensor.QTensor]:
-  """The projections of one expert, each a QTensor `[1, K, N]`."""
+  """The projections of one expert, each a QTensor `[1, K, N]`; `bits` is one width of each, or those of its blocks of
+  neurons, `[NB]`."""
   packed = {}
   for name, codes in encoded.items():
     code, scale, zero = (np.asarray(part)[None] for part in (codes.codes, codes.scale, codes.zero))
-    packed[name] = qtensor.pack(code, int(bits[name]), scale, zero, group=group)
+    widths = channels.grid(name, np.atleast_1d(bits[name])[None])
+    packed[name] = qtensor.pack(code, widths, scale, zero, group=group)
   return packed
 
 

@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from moeq_jax import artifacts, registry, scores
+from moeq_jax import artifacts, channels, registry, scores
+from moeq_jax.allocate import blocks as allocate_blocks
 from moeq_jax.allocate import constraints, methods, problem
-from moeq_jax.quantize import measure
+from moeq_jax.quantize import blocks, measure
 from moeq_jax.quantize.subject import Arrays, Subject
+from moeq_jax.scores import channels as channel_scores
 
 
 def evidence(subject: Subject, stats: artifacts.Stats, errors: artifacts.ErrorTable,
@@ -37,11 +39,14 @@ def plan(subject: Subject, method: str, found: scores.Evidence, inputs: Mapping[
     seed: of random methods.
   """
   ask = methods.Inputs(
-      widths=found.errors.widths, shape=found.routers.shape[:2], draws=1, seed=seed,
+      widths=found.errors.widths, shape=(len(subject.sparse), subject.source.experts), draws=1, seed=seed,
+      block_cost=functools.partial(block_cost, subject, found, inputs),
       cost=functools.partial(cost, subject, found, inputs),
       sensitivity=functools.partial(_sensitivity, subject, found, inputs))
   chosen = methods.candidates(method, budget, ask)[0]
   artifacts.write_json(subject.run.path / "plan.json", chosen.plan.as_json())
+  if isinstance(chosen.plan, channels.BlockPlan):
+    chosen.plan.save(subject.run.path / "plan.npz")
   return chosen
 
 
@@ -50,6 +55,14 @@ def cost(subject: Subject, found: scores.Evidence, inputs: Mapping[str, str], sp
   key = subject.key("costs", {"score": registry.canonical(spec), "kind": "cost"}, **inputs)
   name = f"costs-{registry.filename(spec)}.npz"
   return subject.run.product(name, key, artifacts.CostTable.load, lambda: scores.as_cost(spec, found))
+
+
+def block_cost(subject: Subject, found: channel_scores.Evidence, inputs: Mapping[str, str], spec: str,
+               block: int) -> channels.BlockCosts:
+  """The costs of blocks of neurons in order, kept in `costs-SCORE-block-N.npz`."""
+  key = subject.key("costs", {"score": registry.canonical(spec), "kind": "blocks", "block": block}, **inputs)
+  name = f"costs-{registry.filename(spec)}-block-{block}.npz"
+  return subject.run.product(name, key, channels.BlockCosts.load, lambda: blocks.costs(found, spec, block))
 
 
 def _sensitivity(subject: Subject, found: scores.Evidence, inputs: Mapping[str, str], spec: str) -> np.ndarray:
@@ -70,11 +83,14 @@ def constraint_costs(subject: Subject, method: str, found: scores.Evidence, inpu
   Returns:
     `constraint`, `predicted`, `ratio` (to the chosen plan's cost) and `bits` (average used) of each.
   """
-  score = methods.score_of(method)
+  score, widths = methods.score_of(method), registry.parse(method).kwargs.get("widths")
   if chosen.predicted is None or score is None:
     return []
+  if block := methods.block_of(method):
+    table = block_cost(subject, found, inputs, score, block)
+    return blocks.constraint_costs(allocate_blocks.restricted(table, widths or table.widths), chosen)
   table = cost(subject, found, inputs, score)
-  rows, table = [], constraints.restricted(table, registry.parse(method).kwargs.get("widths") or table.widths)
+  rows, table = [], constraints.restricted(table, widths or table.widths)
   for name in constraints.CONSTRAINTS:
     best = problem.plan(table, chosen.budget, name)
     bits = best.by_projection(len(table.projections)).reshape(-1, len(table.projections))

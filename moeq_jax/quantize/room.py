@@ -9,11 +9,11 @@ import jax
 import ml_collections
 import numpy as np
 
-from moeq_jax import artifacts, user_text
+from moeq_jax import artifacts, channels, user_text
 from moeq_jax.allocate import budget as budget_lib
 from moeq_jax.allocate import problem
 from moeq_jax.models import families
-from moeq_jax.quantize import exports, measure
+from moeq_jax.quantize import blocks, exports, measure
 from moeq_jax.quantize import needs as needs_lib
 from moeq_jax.quantize import states as states_lib
 from moeq_jax.quantize.subject import Subject
@@ -73,13 +73,15 @@ def budget(config: ml_collections.ConfigDict, subject: Subject, group: int) -> f
   if not config.memory:
     return float(config.budget)
   try:
-    return budget_lib.bits_for_bytes(parse_bytes(config.memory), other_bytes(subject), shapes(subject), group,
+    others = other_bytes(subject) + block_bytes(config.method, subject, group)
+    return budget_lib.bits_for_bytes(parse_bytes(config.memory), others, shapes(subject), group,
                                      widths=tuple(config.widths))
   except ValueError as error:
     raise ValueError(f"config.memory={config.memory}: {error}") from None
 
 
-def check_plan(config: ml_collections.ConfigDict, subject: Subject, plan: artifacts.Plan, bits: float) -> None:
+def check_plan(config: ml_collections.ConfigDict, subject: Subject, plan: artifacts.Plan | channels.BlockPlan,
+               bits: float) -> None:
   """Looks whether a plan keeps to the bits that `config.memory` allows; tiers round to whole experts.
 
   Args:
@@ -91,6 +93,8 @@ def check_plan(config: ml_collections.ConfigDict, subject: Subject, plan: artifa
   Raises:
     ValueError: the plan uses more bits, and `config.memory` limits them.
   """
+  if isinstance(plan, channels.BlockPlan):  # of a knapsack, which keeps to its budget
+    return
   sizes = [math.prod(shape) for shape in measure.projection_shapes(subject).values()]
   used = problem.average_bits(plan.by_projection(len(sizes)), np.tile(sizes, plan.bits.shape[0] * plan.bits.shape[1]))
   if config.memory and used > bits:
@@ -98,11 +102,18 @@ def check_plan(config: ml_collections.ConfigDict, subject: Subject, plan: artifa
                      f" {bits:.4f} fit; take a knapsack, or name the bits (--config.budget) in place of the memory")
 
 
-def quantized_bytes(subject: Subject, bits: float, group: int) -> int:
-  """About what the quantized files take at `bits` per expert weight."""
+def block_bytes(method: str, subject: Subject, group: int) -> int:
+  """What the blocks of a method take beside codes and scales, see `blocks.extra_bytes`."""
+  experts = len(subject.sparse) * subject.source.experts
+  return blocks.extra_bytes(method, group, measure.projection_shapes(subject), experts)
+
+
+def quantized_bytes(subject: Subject, bits: float, group: int, method: str = "uniform") -> int:
+  """About what the quantized files take at `bits` per expert weight, in blocks where the method has such."""
   weights = sum(math.prod(shape) for shape in shapes(subject))
   scales = sum(4 * e * n * (-(-k // group) if group else 1) for e, k, n in shapes(subject))
-  return int(weights * bits / 8) + scales + other_bytes(subject) + budget_lib.margin(shapes(subject))
+  fixed = scales + other_bytes(subject) + budget_lib.margin(shapes(subject)) + block_bytes(method, subject, group)
+  return int(weights * bits / 8) + fixed
 
 
 def state_bytes(subject: Subject, text: user_text.Text) -> int:
@@ -120,7 +131,7 @@ def disk_needed(subject: Subject, config: ml_collections.ConfigDict, needs: need
   places = 2 + needs.backward * 2
   if needs.forward and (needs.backward or needs.fisher or (needs.rows and not config.sequential)):
     places += layers
-  needed = {"quantized model": quantized_bytes(subject, bits, group)}
+  needed = {"quantized model": quantized_bytes(subject, bits, group, config.method)}
   if calibration:
     needed["activations"] = (places + 2 * config.sequential) * state_bytes(subject, calibration)
   if evaluation:

@@ -4,7 +4,7 @@ import ml_collections
 
 from moeq_jax import codecs, user_text
 from moeq_jax.allocate import methods
-from moeq_jax.quantize import exports, room
+from moeq_jax.quantize import blocks, exports, room
 
 
 def check(config: ml_collections.ConfigDict) -> None:
@@ -36,5 +36,6 @@ def check(config: ml_collections.ConfigDict) -> None:
   if config.sequential and not codec.needs_moment:
     raise ValueError(f"config.sequential: {codec.name} does not look at inputs, so it makes no difference; leave it"
                      " out")
+  blocks.check(config.method, codec, exports.kinds(config.export))
   exports.check(config.export, codec.spec.grid, codec.name)
   user_text.check(config)

@@ -105,7 +105,8 @@ def _model(opened: Any) -> dict[str, Any]:
 
 def _unrouted(out: Outcome) -> list[list[int]]:
   """`[block, expert]` of those that saw no calibration token, as far as tokens were counted."""
-  counted, sparse = out.found.stats.tokens, out.opened.subject.sparse
+  stats, sparse = out.found.stats, out.opened.subject.sparse
+  counted = None if stats is None else stats.tokens
   if counted is None and all(out.metas[layer]["tokens"] is not None for layer in sparse):
     counted = np.array([out.metas[layer]["tokens"] for layer in sparse])
   if counted is None:
@@ -180,7 +181,8 @@ def terminal(workdir: Path, page: Path, console: rich_console.Console) -> None:
   sizes, bits, loss = data["bytes"], data["bits"], data["evaluation"]
   before = sum(sizes["before"].values())
   table.add_row("size", f"{room.human(before)} → {room.human(sizes['after'])}")
-  table.add_row("bits per expert weight", f"{bits['nominal']:.3f} nominal, {bits['effective']:.3f} with scales,"
+  counted = "scales and the order of neurons" if "block" in data["plan"] else "scales"
+  table.add_row("bits per expert weight", f"{bits['nominal']:.3f} nominal, {bits['effective']:.3f} with {counted},"
                                           f" {bits['stored']:.3f} stored")
   table.add_row("loss, nats per token", "not measured (config.evaluation.sequences=0)" if loss is None else
                 f"{loss['full']:.4f} → {loss['loss']:.4f}: {loss['loss_delta']:+.4f} ± {loss['loss_delta_ci95']:.4f}")

@@ -11,13 +11,16 @@ from pathlib import Path
 import ml_collections
 from rich import console as rich_console
 
-from moeq_jax import artifacts, codecs, report, scores, user_text, workspace
+from moeq_jax import artifacts, channels, codecs, report, scores, user_text, workspace
+from moeq_jax.allocate import methods
 from moeq_jax.export import native
-from moeq_jax.quantize import dry_run, encode, evaluation, exports, initial, measure, planning, room, settings, summary
+from moeq_jax.quantize import blocks, dry_run, encode, evaluation, exports, initial, measure, planning, room
+from moeq_jax.quantize import settings, summary
 from moeq_jax.quantize import needs as needs_lib
 from moeq_jax.quantize import states as states_lib
 from moeq_jax.quantize import subject as subject_lib
 from moeq_jax.quantize.subject import Subject
+from moeq_jax.scores import channels as channel_scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +54,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> None:
     ValueError: a mistake in the config or the checkpoint; names field, file or tensor and the remedy.
     OSError: too little room on the disk.
   """
+  config = blocks.resolved(config)
   if config.dry_run:
     dry_run.run(config, workdir)
     return
@@ -68,8 +72,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> None:
     exports.check_plan(config.export, chosen.plan.bits)
     constraints = planning.constraint_costs(*ask, chosen.plan)
   with run.timed("encode"):
-    bits = chosen.plan.by_projection(len(opened.subject.source.projections))
-    job = encode.Job(opened.codec, bits, config.sequential)
+    job = encode.Job.of(opened.codec, chosen.plan, opened.subject.source.projections, config.sequential)
     metas = encode.encode(opened.subject, job, opened.calibration, states)
     model = finish(opened, config, chosen.plan, metas)
   with run.timed("evaluate"):
@@ -90,9 +93,10 @@ def open_run(config: ml_collections.ConfigDict, run: workspace.Workdir) -> tuple
   subject = subject_lib.open_source(run, config.checkpoint, config.compute_dtype)
   source, directory = subject.source, subject.source.directory
   config = initial.resolved(config, source)
+  blocks.check_source(config.method, codec, measure.projection_shapes(subject))
   budget = room.budget(config, subject, codec.group)
   needs = needs_lib.of(config.method, budget, tuple(config.widths), codec, source.projections,
-                       initial.known(config, source))
+                       initial.known(config, source), text=bool(config.calibration.sequences))
   read = lambda purpose: user_text.read(purpose, config, directory, source.config, source.values)
   if needs.text and not config.calibration.sequences:
     raise ValueError(f"config.calibration.sequences=0: {config.method} with {config.codec} needs text; ask for some, or"
@@ -116,10 +120,11 @@ def calibration_states(opened: Opened, config: ml_collections.ConfigDict) -> sta
   return measure.text_states(opened.subject, opened.calibration, "calibration", keep=needs.forward and again)
 
 
-def gather(opened: Opened, config: ml_collections.ConfigDict, states: states_lib.States | None) -> scores.Evidence:
-  """The sweeps before the plan, those that it needs; what they measured."""
+def gather(opened: Opened, config: ml_collections.ConfigDict,
+           states: states_lib.States | None) -> scores.Evidence | channel_scores.Evidence:
+  """The sweeps before the plan, those that it needs; what they measured, neuron by neuron for blocks of them."""
   subject, needs, text = opened.subject, opened.needs, opened.calibration
-  encoding = measure.Encoding(opened.codec, tuple(config.widths))
+  encoding = measure.Encoding(opened.codec, tuple(config.widths), neurons=bool(methods.block_of(config.method)))
   seen, gradients, errors = {}, None, {}
   if needs.forward:
     seen = errors = measure.forward(subject, text, states, encoding if needs.fused else None)
@@ -129,21 +134,25 @@ def gather(opened: Opened, config: ml_collections.ConfigDict, states: states_lib
     use = (text, states, gradients) if needs.fisher else (None, None, None)
     errors = measure.errors(subject, *use, encoding)
   routers = planning.routers(subject)
-  before = initial.load(config, subject.source, routers.shape)
   stats = measure.stats(subject, text, seen, gradients, routers)
+  if encoding.neurons:
+    return blocks.evidence(subject, stats, errors, encoding)
+  before = initial.load(config, subject.source, routers.shape)
   return planning.evidence(subject, stats, measure.error_table(subject, errors, encoding), routers, before)
 
 
-def plan_inputs(opened: Opened, config: ml_collections.ConfigDict, found: scores.Evidence) -> dict[str, str]:
+def plan_inputs(opened: Opened, config: ml_collections.ConfigDict,
+                found: scores.Evidence | channel_scores.Evidence) -> dict[str, str]:
   """Digests of all that the evidence was made from, beside the checkpoint."""
+  before = getattr(found, "routers_init", None)
   return {
       "text": opened.calibration.digest if opened.calibration else "",
       "errors": artifacts.digest([str(opened.codec), list(config.widths), opened.subject.dtype]),
-      "routers": artifacts.digest(found.routers_init) if found.routers_init is not None else "",
+      "routers": artifacts.digest(before) if before is not None else "",
   }
 
 
-def finish(opened: Opened, config: ml_collections.ConfigDict, plan: artifacts.Plan,
+def finish(opened: Opened, config: ml_collections.ConfigDict, plan: artifacts.Plan | channels.BlockPlan,
            metas: dict[int, dict]) -> native.Quantized:
   """Completes the quantized model, whose layers are written.
 

@@ -30,13 +30,16 @@ def budgets_of(plans: Sequence[Mapping[str, Any]]) -> list[float]:
   return sorted({float(plan["budget"]) for plan in plans if plan.get("budget") is not None})
 
 
-def bit_maps(plans: Sequence[Mapping[str, Any]], widths: Sequence[int], budget: float) -> figures.Picture:
+def bit_maps(plans: Sequence[Mapping[str, Any]], widths: Sequence[int], budget: float,
+             rows_are: str = "projections differ a layer has a row for each, gate, up and down in this order",
+             ) -> figures.Picture:
   """The maps of all plans at one budget, one for each method (the first draw where it has several).
 
   Args:
     plans: mappings with `method`, `budget` and `bits` (`[L][E]` or `[L][E][P]`, whole numbers).
     widths: candidate widths; they and the bits of all plans make the scale, the same for every budget.
     budget: average nominal bits asked for.
+    rows_are: what the caption says of layers with several rows: "Where ...".
   """
   chosen: dict[str, np.ndarray] = {}
   for plan in plans:
@@ -61,7 +64,7 @@ def bit_maps(plans: Sequence[Mapping[str, Any]], widths: Sequence[int], budget: 
       "are experts; the numbers on the right are the mean bits of the layer. Darker means more bits."
     )
     if any(bits.shape[1] > 1 for bits in chosen.values()):
-      caption += " Where projections differ a layer has a row for each, gate, up and down in this order."
+      caption += f" Where {rows_are}."
     if len(chosen) < sum(plan.get("budget") is not None and float(plan["budget"]) == budget for plan in plans):
       caption += " A method with several draws is shown by its first."
     return figures.picture(f"bits-{budget:g}".replace(".", "_"), caption, fig)

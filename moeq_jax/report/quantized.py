@@ -6,7 +6,7 @@
   bytes         {"before": {"experts", "other"}, "after", "experts_after"}: tensors before, all files after
   bits          {"asked", "nominal", "effective", "stored"}: average bits per expert weight
   widths        candidate bits
-  plan          `Plan.as_json()` with `projections`, `units` and `draw`
+  plan          `Plan.as_json()` with `projections`, `units` and `draw`; or `BlockPlan.as_json()` with the same
   constraints   [{"constraint", "predicted", "ratio", "bits"}]: the least cost under each; empty for plans without costs
   evaluation    None, or {"full", "loss", "loss_delta", "loss_delta_ci95", "perplexity", "sequences", "about"}
   unrouted      [[block, expert]] without calibration tokens
@@ -51,7 +51,7 @@ def contents(data: Mapping[str, Any]) -> dict[str, Any]:
       "sizes": _sizes(data),
       "shares": _shares(data),
       "constraints": _constraints(data),
-      "pictures": [maps.bit_maps(_maps(plan), data["widths"], float(plan["budget"]))],
+      "pictures": [maps.bit_maps(_maps(plan), data["widths"], float(plan["budget"]), **_rows_of(plan))],
       "unrouted": _unrouted(data["unrouted"]),
       "facts": [(name, [(str(k), tables.plain(v)) for k, v in data[key].items()])
                 for name, key in (("Model", "model"), ("Versions", "versions"))],
@@ -69,6 +69,7 @@ def _headline(data: Mapping[str, Any]) -> list[str]:
   said = [f"{gigabytes(before)} became {gigabytes(after)}: {before / after:.1f} times smaller. An expert weight takes"
           f" {bits['nominal']:.3f} bits in codes ({bits['asked']:g} were allowed), {bits['effective']:.3f} with its"
           f" share of scales and zeros, {bits['stored']:.3f} in the files."]
+  said += _of_blocks(data["plan"])
   loss = data["evaluation"]
   if loss is None:
     return [*said, "What that costs in loss was not measured: no evaluation was asked for."]
@@ -77,6 +78,17 @@ def _headline(data: Mapping[str, Any]) -> list[str]:
   change = f"{loss['loss_delta']:+.4f} ± {loss['loss_delta_ci95']:.4f}{noise}"
   return [*said, f"Loss: {loss['full']:.4f} nats per token before, {loss['loss']:.4f} after, {change} (half a 95%"
                  f" interval, paired over {loss['sequences']} sequences). Text: {loss['about']}."]
+
+
+def _of_blocks(plan: Mapping[str, Any]) -> list[str]:
+  """What is to be said of a plan by blocks of neurons."""
+  if "block" not in plan:
+    return []
+  rows = "" if plan["down_block"] == plan["block"] else f" ({plan['down_block']} in down)"
+  averages = ", ".join(f"{name} {plan['average_bits'][name]:.3f}" for name in plan["projections"])
+  return [f"Each block of {plan['block']} neurons of a projection{rows} has a width of its own; on average {averages}"
+          " bits. The neurons of every expert were put in order, which changes nothing in what it computes; the"
+          f" {plan['permutation_bits']:.4f} bits that this order takes are counted with the scales, and not stored."]
 
 
 def gigabytes(size: float) -> str:
@@ -107,17 +119,26 @@ def _bits(plan: Mapping[str, Any]) -> np.ndarray:
 def _maps(plan: Mapping[str, Any]) -> list[dict[str, Any]]:
   """The plan as `maps.bit_maps` takes it: one map, or one for each projection."""
   bits = _bits(plan)
+  if "block" in plan:
+    own = {name: bits[..., np.equal(plan["projection"], place)] for place, name in enumerate(plan["projections"])}
+    return [{"method": name, "budget": plan["budget"], "bits": part} for name, part in own.items()]
   names = plan["projections"] if bits.shape[2] > 1 else [plan["method"]]
   return [{"method": name, "budget": plan["budget"], "bits": bits[..., place]} for place, name in enumerate(names)]
 
 
+def _rows_of(plan: Mapping[str, Any]) -> dict[str, str]:
+  """What the rows of a layer are in the maps, where it is not projections."""
+  return {"rows_are": "blocks differ a layer has a row for each, the dearest first"} if "block" in plan else {}
+
+
 def _shares(data: Mapping[str, Any]) -> Table:
-  """How many experts (or projections) have each width."""
-  bits = _bits(data["plan"])
-  lines = [Line(f"{width}", "", (f"{np.sum(bits == width)}", f"{100 * np.mean(bits == width):.1f}%"))
-           for width in data["widths"]]
-  return Table(("bits", "experts" if bits.shape[2] == 1 else "projections of experts", "share"),
-               (Group("", tuple(lines)),))
+  """How many experts (or projections, or blocks) have each width, and their share of the weights."""
+  plan, bits = data["plan"], _bits(data["plan"])
+  sizes = plan["sizes"] if "block" in plan else [1] * bits.shape[2]
+  share = lambda width: 100 * np.average((bits == width).mean(axis=(0, 1)), weights=sizes)
+  lines = [Line(f"{width}", "", (f"{np.sum(bits == width)}", f"{share(width):.1f}%")) for width in data["widths"]]
+  kind = "experts" if bits.shape[2] == 1 else "projections of experts"
+  return Table(("bits", "blocks of neurons" if "block" in plan else kind, "share"), (Group("", tuple(lines)),))
 
 
 def _constraints(data: Mapping[str, Any]) -> Table | None:

@@ -215,9 +215,35 @@ def statistical_error(evidence: Evidence, kind: str = "kurtosis", alpha: float =
   return score[..., None] * errors.weight
 
 
+def router_grad_error(evidence: Evidence) -> np.ndarray:
+  """The expert's router gradient norm times the squared weight error of every row at every width, `[L, E, J, W]`: the
+  cost of the same name of whole experts (`scores.router.grad_error`), up to a factor, taken apart.
+
+  Raises:
+    ValueError: no calibration.
+  """
+  if evidence.stats is None:
+    raise ValueError("score router_grad_error of channels: no calibration, so there are no gradients; calibrate, or"
+                     " take weight_error")
+  return evidence.stats.router_grad[..., None, None] * weight_error(evidence)
+
+
 COSTS: dict[str, Callable[..., np.ndarray]] = {
     "fisher_error": fisher_error, "statistical_error": statistical_error, "weight_error": weight_error,
+    "router_grad_error": router_grad_error, "weight_mse": weight_error,  # as the scores of whole experts call them
 }
+
+
+def check(spec: str) -> Callable[[Evidence], np.ndarray]:
+  """The score that `spec` names, bound to its options.
+
+  Raises:
+    registry.SpecError: no such score or option; names the nearest.
+  """
+  bound = registry.Registry("score of channels", COSTS).get(spec)
+  if bound.args:
+    raise registry.ArgumentError(f"{spec}: options of a score are given by name, for example fisher_error(zeta=0)")
+  return bound
 
 
 def as_cost(spec: str, evidence: Evidence) -> channels.BlockCosts:
@@ -227,10 +253,7 @@ def as_cost(spec: str, evidence: Evidence) -> channels.BlockCosts:
     registry.SpecError: no such score or option; names the nearest.
     ValueError: evidence is missing, or a cost is not finite (names the place).
   """
-  bound = registry.Registry("score of channels", COSTS).get(spec)
-  if bound.args:
-    raise registry.ArgumentError(f"{spec}: options of a score are given by name, for example fisher_error(zeta=0)")
-  errors, cost = evidence.errors, bound(evidence)
+  errors, cost = evidence.errors, check(spec)(evidence)
   for layer, expert, row, _ in np.argwhere(~np.isfinite(cost))[:1]:
     raise ValueError(f"score {spec}: not finite for {errors.projections[errors.projection[row]]} of layer {layer},"
                      f" expert {expert}; the evidence that it reads is damaged there: calibrate and encode again")
