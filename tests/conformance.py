@@ -168,6 +168,12 @@ class Conformance:
       assert y.dtype == out
       assert difference(y, expected(x, made.values, sizes)) < 1e-2
 
+  @pytest.mark.parametrize("group", [0, *planar.GROUPS])
+  def test_scale_groups(self, group: int):
+    made = packed((3, 16, 1), (3, 256, 40), group=group)
+    x, sizes = rows(12, 256), np.array([7, 1, 4], np.int32)
+    assert difference(self.matmul(x, made.q, sizes), expected(x, made.values, sizes)) < 1e-5
+
   def test_widths_that_change_inside_an_expert(self):
     bits = np.random.default_rng(3).choice(qtensor.WIDTHS, (3, 4, 3))
     made = packed(bits, (3, 500, 50), group=32)

@@ -40,6 +40,7 @@ class Tile(NamedTuple):
 
 CHIPS = {"v5e": Chip(bandwidth=0.819e12, clock=1.5e9), "v6e": Chip(bandwidth=1.64e12, clock=1.75e9)}
 TABLE = "mixtral-8x7b"  # the layer of the table
+UNIT = 512 * 512  # weights that counts are given for, whatever the tile
 PREFILL = 256  # rows of a row tile
 ROW_TILES = (1, 2, 4)  # row tiles of a visit; only the first dequantizes
 BOUND = 1.1  # what prefill may cost, as a multiple of plain bfloat16
@@ -69,8 +70,8 @@ def run(group: int = 128, rows: int = 16) -> dict[str, Any]:
     rows: rows when they are few.
 
   Returns:
-    A JSON-able dictionary: under `results` one entry per chip and width for the tiles of Mixtral, counts per K-tile;
-    under `tiles` one per chip, width and tile of any named shape, for row tiles of 256.
+    A JSON-able dictionary: under `results` one entry per chip and width for the tiles of Mixtral; under `tiles` one per
+    chip, width and tile of any named shape, for row tiles of 256. Counts and cycles are for 512 x 512 weights.
 
   Raises:
     RuntimeError: libtpu is missing, or a kernel does not compile.
@@ -85,12 +86,13 @@ def run(group: int = 128, rows: int = 16) -> dict[str, Any]:
       if "error" in result:
         raise RuntimeError(str(result))
       at = Tile(*(result[field] for field in Tile._fields))
-      counts[result["chip"], at, result["way"], result["bits"], result["rows"]] = result["bundles"] / at.span
+      bundles = result["bundles"] * UNIT / (at.span * at.k_tile * at.columns)
+      counts[result["chip"], at, result["way"], result["bits"], result["rows"]] = bundles
       advance(f"{result['chip']}, {result['way']} at {result['bits']} bits, {at.k_tile} x {at.columns}")
   prefill = [_prefill(counts, chip, at, bits) | {"matmuls": tiles[at]}
              for chip in CHIPS for at in tiles for bits in qtensor.WIDTHS]
-  result = {"benchmark": "kernels_tpu_static", "k_tile": few.k_tile, "columns": few.columns, "group": group,
-            "rows": rows, "estimates": True, "results": _table(counts, few, prefill, group, rows), "tiles": prefill}
+  result = {"benchmark": "kernels_tpu_static", "group": group, "rows": rows, "estimates": True, "few": few._asdict(),
+            "results": _table(counts, few, prefill, group, rows), "tiles": prefill}
   _show(result)
   return result
 
@@ -108,7 +110,7 @@ def _jobs(few: Tile, tiles: list[Tile], group: int, rows: int) -> list[dict[str,
 
 
 def _prefill(counts: dict[tuple[Any, ...], float], chip: str, at: Tile, bits: int) -> dict[str, Any]:
-  """One tile at one width: bundles per K-tile, and ratios by rows of a visit."""
+  """One tile at one width: bundles, and ratios by rows of a visit."""
   plain = counts[chip, at, "bfloat16", 16, PREFILL]
   once, first = (counts[chip, at, way, bits, PREFILL] for way in ("before", "reused"))
   ratios = {str(tiles * PREFILL): (once if tiles == 1 else first + (tiles - 1) * plain) / (tiles * plain)
@@ -125,9 +127,9 @@ def _table(counts: dict[tuple[Any, ...], float], few: Tile, prefill: list[dict[s
     if f"{TABLE} up" not in entry["matmuls"]:
       continue
     chip, bits = entry["chip"], entry["bits"]
-    scales = 0 if bits == 16 else 4 * few.columns * few.k_tile // group
+    scales = 0 if bits == 16 else 4 * UNIT // group
     entries.append({
-      "chip": chip, "bits": bits, "copy_cycles": CHIPS[chip].cycles(few.k_tile * few.columns * bits / 8 + scales),
+      "chip": chip, "bits": bits, "copy_cycles": CHIPS[chip].cycles(UNIT * bits / 8 + scales),
       "few_rows_bundles": counts[chip, few, "after", bits, rows],
       "few_rows_bfloat16": counts[chip, few, "bfloat16", 16, rows],
       **{key: entry[key] for key in ("prefill_bundles", "prefill_bfloat16", "prefill_ratios")}})
@@ -137,7 +139,7 @@ def _table(counts: dict[tuple[Any, ...], float], few: Tile, prefill: list[dict[s
 def _show(result: dict[str, Any]) -> None:
   rows = [str(tiles * PREFILL) for tiles in ROW_TILES]
   table = rich_table.Table(
-    title=f"estimates: bundles per {result['k_tile']} x {result['columns']} weights, group {result['group']}",
+    title=f"estimates: bundles per 512 x 512 weights, tiles of {TABLE}, group {result['group']}",
     caption=f"few rows: {result['rows']}; prefill: row tiles of {PREFILL}; then ratios to bfloat16 by rows of a visit")
   for heading in ("chip", "bits", "copy, cycles", "few rows", "(bfloat16)", "bound by", "prefill", "(bfloat16)", *rows):
     table.add_column(heading, justify="left" if heading in ("chip", "bound by") else "right")

@@ -35,11 +35,11 @@ def test_ratios_are_those_of_the_counts(monkeypatch, capsys):
   result = kernels_tpu_static.run()
   assert [(r["chip"], r["bits"]) for r in result["results"]] == [(c, b) for c in ("v5e", "v6e") for b in qtensor.WIDTHS]
   four = result["results"][3]
-  assert (result["k_tile"], result["columns"]) == (512, 1024)
-  assert (four["few_rows_bundles"], four["few_rows_bfloat16"]) == (240, 50)
-  assert (four["prefill_bundles"], four["prefill_bfloat16"]) == (65, 50)
+  assert result["few"] == {"k_tile": 512, "columns": 1024, "span": 2}  # four times 512 x 512
+  assert (four["few_rows_bundles"], four["few_rows_bfloat16"]) == (120, 25)
+  assert (four["prefill_bundles"], four["prefill_bfloat16"]) == (32.5, 25)
   assert four["prefill_ratios"] == {"256": 1.3, "512": (140 + 100) / 200, "1024": (140 + 3 * 100) / 400}
-  assert four["copy_cycles"] == pytest.approx(512 * 1024 * (4 + 0.25) / 8 / 0.819e12 * 1.5e9)
+  assert four["copy_cycles"] == pytest.approx(512 * 512 * (4 + 0.25) / 8 / 0.819e12 * 1.5e9)
   assert {matmul for row in result["tiles"] for matmul in row["matmuls"]} == {
     f"{name} {projection}" for name, layer in shapes.LAYERS.items() for projection in layer.matmuls()
     if projection != "gate" and (name, projection) != ("moeq-small", "up")}  # of the shape of another
