@@ -95,6 +95,18 @@ def jitted_gradients(backend: str, argnums: tuple[int, ...]) -> Any:
   return jax.jit(jax.grad(loss, argnums))
 
 
+def made_by(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> list[Any]:
+  """All that `module.name` makes from now on; Pallas' interpreters themselves keep the races of the last launch only."""
+  found, make = [], getattr(module, name)
+
+  def record(*args: Any, **kwargs: Any) -> Any:
+    found.append(make(*args, **kwargs))
+    return found[-1]
+
+  monkeypatch.setattr(module, name, record)
+  return found
+
+
 SHAPE = 6, 96, 33
 SCALED = {
   "mixtral-8x7b": "down", "switch-base-64": "up", "qwen3-30b-a3b": "gate", "smollm2-upcycled": "down",

@@ -54,7 +54,7 @@ def tile(shape: tuple[int, int, int], rows: int, group: int) -> Tile:
 
 
 def prefill_tiles(group: int) -> dict[Tile, list[str]]:
-  """The tiles of the named shapes with `PREFILL` rows per expert, each with the matmuls that take it (one per shape)."""
+  """The tiles of the named shapes with `PREFILL` rows per expert, each with its matmuls (one of equal shapes)."""
   found: dict[Tile, list[str]] = {}
   for name, layer in shapes.LAYERS.items():
     for shape, projection in {shape: projection for projection, shape in layer.matmuls().items()}.items():

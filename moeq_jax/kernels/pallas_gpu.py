@@ -24,7 +24,8 @@ from moeq_jax.kernels.gpu_kernel import Config
 from moeq_jax.kernels.gpu_view import HopperWeights, prepare
 from moeq_jax.qtensor import QTensor
 
-__all__ = ["Config", "HopperWeights", "backward", "check", "forward", "heuristic", "prepare", "shared_bytes", "supports"]
+__all__ = [
+  "Config", "HopperWeights", "backward", "check", "forward", "heuristic", "prepare", "shared_bytes", "supports"]
 
 SHARED_BYTES = 227 * 1024  # of one block, on Hopper
 MULTIPROCESSORS = 132  # of an H100 SXM or H200

@@ -27,10 +27,12 @@ EVERY = np.array(qtensor.WIDTHS)
 
 
 @pytest.fixture(autouse=True)
-def _interpreted(monkeypatch) -> Iterator[None]:
+def launches(monkeypatch) -> Iterator[list[Any]]:
+  """The races of every launch of an interpreted kernel; there must be none."""
   monkeypatch.setattr(pallas_tpu, "INTERPRET", pltpu.InterpretParams(detect_races=True))
-  yield
-  assert interpreter.races is None or not interpreter.races.races_found
+  launches = conformance.made_by(monkeypatch, interpreter, "RaceDetectionState")
+  yield launches
+  assert not any(races.races_found for races in launches)
 
 
 @functools.cache
@@ -85,8 +87,9 @@ QUICK_WAYS = ("in_order", True), ("reused", False)
 @pytest.mark.parametrize(("name", "paired"), [
   pytest.param(name, paired, marks=[] if (name, paired) in QUICK_WAYS else pytest.mark.thorough)
   for name in CONFIGS for paired in (True, False)])
-def test_every_way_takes_every_width(name: str, paired: bool):
+def test_every_way_takes_every_width(launches: list[Any], name: str, paired: bool):
   _check_routings(CONFIGS[name], np.float32, 1e-5, paired)
+  assert len(launches) == len(ROUTED)
 
 
 @pytest.mark.thorough
