@@ -96,7 +96,7 @@ def jitted_gradients(backend: str, argnums: tuple[int, ...]) -> Any:
 
 
 def made_by(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> list[Any]:
-  """All that `module.name` makes from now on; Pallas' interpreters themselves keep the races of the last launch only."""
+  """All that `module.name` makes from now on; Pallas' interpreters keep the races of the last launch only."""
   found, make = [], getattr(module, name)
 
   def record(*args: Any, **kwargs: Any) -> Any:

@@ -187,7 +187,8 @@ def choose(x: jax.Array, w: Weights, backend: str | None = None, device: str | N
   """
   if isinstance(w, Prepared):
     if backend not in (None, w.backend):
-      raise ValueError(f"grouped_matmul: w was prepared for {w.backend}, and {backend} cannot read it; give the QTensor")
+      raise ValueError(f"grouped_matmul: w was prepared for {w.backend}, and {backend} cannot read it; give the"
+                       " QTensor")
     backend = w.backend
   if backend is not None and backend not in BACKENDS:
     raise ValueError(f"grouped_matmul: unknown back-end {backend!r}; there are {list(BACKENDS)}")

@@ -82,8 +82,8 @@ def _fields(words: list[jax.Array], bits: int, halves: tuple[int, ...], ones: in
 def _four_of_three(words: list[jax.Array]) -> list[jax.Array]:
   """A 3-bit tile as a 4-bit tile: two codes of the 2-bit tile and their two bits of the 1-bit tile at a time.
 
-  In eighths of the K-tile, codes i and i + 4 (i below 4) are the two halves of a byte of 4-bit codes. Their low bits lie
-  4 bits apart in eighth `i % 2` of the 2-bit tile's bytes, and so do their high bits in the 1-bit tile.
+  In eighths of the K-tile, codes i and i + 4 (i below 4) are the two halves of a byte of 4-bit codes. Their low bits
+  lie 4 bits apart in eighth `i % 2` of the 2-bit tile's bytes, and so do their high bits in the 1-bit tile.
   """
   eighth, out = len(words) // 3, []
   for part in range(4):

@@ -90,9 +90,10 @@ def test_every_backend_names_what_is_wrong(backend: str):
                   (changed(buffer=q.buffer[:, :-1]), "outside the buffer of 71 rows"),
                   (changed(buffer=q.buffer.astype(np.int8)), "buffer is int8, not uint8"),
                   (changed(k_tile=48), "a K-block of 64 rows cuts a tile of 48")):
-    for run in (lambda: api.grouped_matmul(X, w, SIZES, backend=backend), lambda: api.prepare(w, backend)):  # noqa: B023
-      with pytest.raises(ValueError, match=f"grouped_matmul: w: .*{said}"):
-        run()
+    with pytest.raises(ValueError, match=f"grouped_matmul: w: .*{said}"):
+      api.grouped_matmul(X, w, SIZES, backend=backend)
+    with pytest.raises(ValueError, match=f"grouped_matmul: w: .*{said}"):
+      api.prepare(w, backend)
   for x, w, sizes, said in ((X, q, SIZES + 1, "group_sizes sum to 23, but x has 20 rows"),
                             (X, q, -SIZES, "group_sizes sum to -20"), (X, q, SIZES[:2], "are not"),
                             (X[:, 1:], q, SIZES, "are not"), (X.astype(np.float16), q, SIZES, "x is float16"),
@@ -105,7 +106,7 @@ def test_every_backend_names_what_is_wrong(backend: str):
   ("cpu", "tpu", "cpu: packed weights are unpacked in a loop made for CPUs, and the device is 'tpu'"),
   ("cpu_int8", "tpu", "cpu_int8: activations in 8 bits are for CPUs, and the device is 'tpu'"),
   ("pallas_tpu", "gpu", "pallas_tpu: it is made for TPUs, and the device is 'gpu'"),
-  ("pallas_gpu", "NVIDIA A100-SXM4-80GB", r"pallas_gpu: the kernel is for Hopper GPUs \(H100, .* 'NVIDIA A100-SXM4-80GB'"),
+  ("pallas_gpu", "NVIDIA A100-SXM4-80GB", r"pallas_gpu: the kernel is for Hopper GPUs \(H100, .* 'NVIDIA A100"),
 ])
 def test_another_device_is_refused_by_name_of_both(backend: str, device: str, said: str):
   with pytest.raises(ValueError, match=rf"no back-end for \(T, E, K, N\) = \(20, 3, 64, 16\).*{said}"):
