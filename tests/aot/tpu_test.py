@@ -50,7 +50,7 @@ def test_a_failure_of_the_compiler_is_a_result_and_not_an_end():
 
 # Where the first weights are dequantized before anything can be multiplied, and little follows them: an expert of
 # 256 x 256 (one pass of the matrix unit), one K-tile of 768 x 768, and 3 bits with 768 columns on v6e.
-LOOSER = {(256, 256): 1.4, (768, 768): 1.2, (512, 768): 1.12}
+LOOSER = {(256, 256): 1.4, (768, 768): 1.25, (512, 768): 1.12}
 
 
 def test_prefill_costs_at_most_a_tenth_more_than_bfloat16():
