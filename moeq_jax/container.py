@@ -20,12 +20,13 @@ from moeq_jax import artifacts, qtensor
 from moeq_jax.qtensor import QTensor
 
 _KEY = "moeq"
+_VERSION = 1  # of the format; a file of another one is refused
 _ARRAYS = ("buffer", "bits", "offset", "scale", "zero")
 _STATIC = ("K", "N", "group", "k_tile", "k_block", "axis")
 
 
 class ContainerError(ValueError):
-  """A container is missing, truncated or damaged."""
+  """A container is missing, truncated, damaged, or of another version of the format."""
 
 
 def save(path: str | os.PathLike, tensors: Mapping[str, QTensor | np.ndarray], meta: Mapping[str, Any]) -> None:
@@ -48,7 +49,7 @@ def save(path: str | os.PathLike, tensors: Mapping[str, QTensor | np.ndarray], m
       qtensor.check(key not in arrays, f"{path}: two tensors are called {key}")
       arrays[key] = np.asarray(array, order="C")
   checksums = {key: artifacts.digest(array) for key, array in arrays.items()}
-  content = {"checksums": checksums, "meta": dict(meta), "qtensors": static, "version": 1}
+  content = {"checksums": checksums, "meta": dict(meta), "qtensors": static, "version": _VERSION}
   content = json.loads(json.dumps(content, allow_nan=False))
   stamped = json.dumps({"content": content, "sha256": artifacts.digest(content)}, sort_keys=True)
   with artifacts.atomic_path(path) as temporary:
@@ -62,8 +63,8 @@ def load(path: str | os.PathLike) -> tuple[dict[str, QTensor | np.ndarray], dict
   """Reads what `save` wrote: `(tensors, metadata)`, with numpy arrays, every checksum and shape verified.
 
   Raises:
-    ContainerError: no such file, not whole, or not the bytes that were written; names the file, the first tensor at
-      fault and what to do.
+    ContainerError: no such file, not whole, not the bytes that were written, or another version of the format; names
+      the file, the first tensor at fault and what to do.
   """
   path = Path(path)
   if not path.is_file():
@@ -118,6 +119,9 @@ def _content(path: Path, metadata: Mapping[str, str] | None) -> dict[str, Any]:
     raise _damaged(path, f"metadata key {_KEY!r}", "cannot be read") from error
   if artifacts.digest(content) != checksum:
     raise _damaged(path, f"metadata key {_KEY!r}", "does not match its checksum")
+  if content["version"] != _VERSION:
+    raise ContainerError(f"{path}: is a container of version {content['version']!r}, and this program reads version"
+                         f" {_VERSION}: read it with the program that wrote it, or write it again")
   return content
 
 

@@ -151,6 +151,15 @@ def test_a_foreign_file_is_refused(tmp_path: Path):
     container.load(tmp_path / "foreign")
 
 
+def test_a_file_of_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+  monkeypatch.setattr(container, "_VERSION", 2)
+  container.save(tmp_path / "later", {"a": conformance.packed(2, (2, 64, 8), 0).q}, META)
+  monkeypatch.undo()
+  for read in (container.load, container.load_meta):
+    with pytest.raises(container.ContainerError, match="later: is a container of version 2, .* reads version 1: read"):
+      read(tmp_path / "later")
+
+
 def test_a_broken_tensor_is_not_written(tmp_path: Path):
   q = conformance.packed(2, (2, 64, 8), 0).q
   q.offset[:] = 0

@@ -97,7 +97,8 @@ def grouped_matmul(
     x: `[T, K]` float32 or bfloat16, the rows of expert 0 first. Its dtype is that of the products: float32 weights for
       float32 rows, bfloat16 weights with float32 accumulation for bfloat16 rows.
     w: `[E, K, N]` array, QTensor, or what `prepare` made of one. Inside `shard_map` a QTensor holds one shard.
-    group_sizes: `[E]` int32, rows of each expert, zero allowed; they sum to T.
+    group_sizes: `[E]` integers, rows of each expert, zero allowed; they sum to T (checked where they are known: not
+      inside `jit`, where rows that no expert has are undefined).
     backend: a name in `BACKENDS`; by default that of prepared weights, or the first proven one that takes the problem.
     out_dtype: float32 or bfloat16; by default that of x.
     activations: `"exact"`, or `"int8"`: rows are quantized to 8 bits where there are few (about half a percent of the
@@ -148,6 +149,9 @@ def checked(group_sizes: jax.Array, x: jax.Array, w: Weights) -> jax.Array:
   Raises:
     ValueError: names what does not fit.
   """
+  group_sizes = group_sizes if isinstance(group_sizes, jax.Array) else np.asarray(group_sizes)
+  if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
+    raise ValueError(f"grouped_matmul: group_sizes are {group_sizes.dtype}, and numbers of rows are integers")
   if isinstance(w, QTensor):
     _check_packed(w)
   elif isinstance(w, Prepared):
@@ -181,14 +185,15 @@ def choose(x: jax.Array, w: Weights, backend: str | None = None, device: str | N
   Raises:
     ValueError: no such back-end; the one asked for does not take the problem; none does. With every reason.
   """
+  if isinstance(w, Prepared):
+    if backend not in (None, w.backend):
+      raise ValueError(f"grouped_matmul: w was prepared for {w.backend}, and {backend} cannot read it; give the"
+                       " QTensor")
+    backend = w.backend
   if backend is not None and backend not in BACKENDS:
     raise ValueError(f"grouped_matmul: unknown back-end {backend!r}; there are {list(BACKENDS)}")
   if activations not in ACTIVATIONS:
     raise ValueError(f"grouped_matmul: activations={activations!r} is not one of {ACTIVATIONS}")
-  if isinstance(w, Prepared):
-    if backend not in (None, w.backend):
-      raise ValueError(f"grouped_matmul: w was prepared for {w.backend}, and {backend} cannot read it; give the QTensor")
-    backend = w.backend
   dtypes = x.dtype, None if isinstance(w, QTensor | Prepared) else w.dtype
   shape, reasons = (x.shape[0], *w.shape), []
   for name in [backend] if backend else (n for n, b in BACKENDS.items() if b.proven and b.activations == activations):

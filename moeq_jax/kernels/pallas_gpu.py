@@ -24,7 +24,8 @@ from moeq_jax.kernels.gpu_kernel import Config
 from moeq_jax.kernels.gpu_view import HopperWeights, prepare
 from moeq_jax.qtensor import QTensor
 
-__all__ = ["Config", "HopperWeights", "backward", "forward", "heuristic", "prepare", "shared_bytes", "supports"]
+__all__ = [
+  "Config", "HopperWeights", "backward", "check", "forward", "heuristic", "prepare", "shared_bytes", "supports"]
 
 SHARED_BYTES = 227 * 1024  # of one block, on Hopper
 MULTIPROCESSORS = 132  # of an H100 SXM or H200
@@ -94,6 +95,22 @@ def shared_bytes(w: HopperWeights, config: Config, dtype: jnp.dtype = jnp.float3
   return sum(math.prod(shape) * jnp.dtype(kind).itemsize for shape, kind in sizes)
 
 
+def check(w: HopperWeights, config: Config, dtype: jnp.dtype = jnp.float32) -> None:
+  """Raises a ValueError that says which size of a launch does not fit, and what would."""
+  size = shared_bytes(w, config, dtype)
+  for fits, rule in (
+    (config.rows % 8 == 0 < config.rows <= 256, "rows are a multiple of 8 up to 256"),
+    (1 <= config.splits <= w.bits.shape[1] * w.block_steps, "splits are at least 1 and at most the steps along K"),
+    (config.scale in ("after", "before"), "scale is 'after' or 'before'"),
+    (config.eighths in (1, 8), "eighths are 1 or 8"),
+    (config.chunks >= 4 and config.steps >= 1 and config.fragments >= 1, "rings have slots, that of chunks at least 4"),
+    (config.operand in ("registers", "shared"), "operand is 'registers' or 'shared'"),
+    (size <= SHARED_BYTES, f"it needs {size} bytes of shared memory, and a block has {SHARED_BYTES}"),
+  ):
+    if not fits:
+      raise ValueError(f"pallas_gpu: {config}: {rule}")
+
+
 def forward(
   x: jax.Array, w: jax.Array | QTensor | HopperWeights, group_sizes: jax.Array, out_dtype: jnp.dtype
 ) -> jax.Array:
@@ -148,6 +165,7 @@ def _matmul(x: jax.Array, w: HopperWeights, group_sizes: jax.Array, out_dtype: j
   fragments = gpu_view.rows_view(padded, w)
   sums = jnp.sum(fragments, axis=-1, dtype=jnp.float32)
   partial = jnp.dtype(jnp.float32) if exact or config.splits > 1 or config.scale == "after" else jnp.dtype(out_dtype)
+  check(w, config, partial)
   y = gpu_kernel.call(w, config, expert, fragments, sums, partial)
   y = (y[0] if config.splits == 1 else y.sum(0)).swapaxes(1, 2).reshape(-1, y.shape[2])
   return gpu_view.columns(y[cut.position], w)

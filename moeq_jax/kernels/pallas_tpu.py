@@ -66,16 +66,17 @@ def heuristic(rows: int, experts: int, view: View) -> Config:
   Scales come after the dot up to 64 rows, if groups fill a lane tile. With few rows, tiles are large so that copies are
   long, and the work between two loop edges is up to a million weights. Otherwise a visit covers one row tile, or up to
   1024 rows where an average expert has more than 256 (keeping what was dequantized costs more than it saves before),
-  and all K-tiles of a K-step are computed without a loop, so that one is dequantized while another is multiplied.
+  and all K-tiles of a K-step are computed without a loop, so that one is dequantized while another is multiplied; the
+  first of them hides behind nothing, so tiles are large here too.
   """
   in_order = rows <= IN_ORDER
   mean = max(1, rows // experts)
   tile = -(-rows // 16) * 16 if in_order else min(256, max(16, 1 << (2 * mean - 1).bit_length()))
   after = tile <= 64 and view.group % LANES == 0
   row_tiles = 4 if mean > 256 and not after and not in_order else 1
-  columns = _largest(view.words.shape[2], LANES, 1024 if after else 512)
-  depth = _largest(view.k_block, view.k_tile, 4096 if after else 1024)
-  unroll = _largest(depth, view.k_tile, max(view.k_tile, 2**20 // columns) if after else 1024) // view.k_tile
+  columns = _largest(view.words.shape[2], LANES, 1024)
+  depth = _largest(view.k_block, view.k_tile, 4096 if after else 1536)
+  unroll = _largest(depth, view.k_tile, max(view.k_tile, 2**20 // columns) if after else depth) // view.k_tile
   return Config(rows=tile, row_tiles=row_tiles, columns=columns, depth=depth, unroll=unroll, in_order=in_order,
                 scale_after=after)
 

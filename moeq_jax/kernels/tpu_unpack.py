@@ -51,13 +51,11 @@ def codes(words: jax.Array, bits: int, paired: bool) -> list[jax.Array]:
   if bits == 8:
     eight = [_shift(word, half) & _u32(EVEN) for word in words for half in (0, 8)] if paired else words
     return [pltpu.bitcast(word, jnp.int16 if paired else jnp.uint8) for word in eight]
-  if not paired:
-    fields = _three(words) if bits == 3 else _fields(words, bits, (0,), BYTES)
-    return [pltpu.bitcast(field, jnp.int8) for field in fields]
   if bits == 3:
-    pairs = [_shift(field, half) & _u32(EVEN) for field in _three(words) for half in (0, 8)]
-  else:
-    pairs = _fields(words, bits, (0, 8), PAIR)
+    words, bits = _four_of_three(words), 4
+  if not paired:
+    return [pltpu.bitcast(field, jnp.int8) for field in _fields(words, bits, (0,), BYTES)]
+  pairs = _fields(words, bits, (0, 8), PAIR)
   return [pltpu.bitcast(pair | _u32(ONE_HUNDRED_TWENTY_EIGHT), jnp.bfloat16) for pair in pairs]
 
 
@@ -81,14 +79,18 @@ def _fields(words: list[jax.Array], bits: int, halves: tuple[int, ...], ones: in
   return [_shift(word, low + half) & mask for low in range(0, 8, bits) for word in words for half in halves]
 
 
-def _three(words: list[jax.Array]) -> list[jax.Array]:
-  """A 2-bit tile, then a 1-bit tile; both in eighths, so that the fields meet."""
+def _four_of_three(words: list[jax.Array]) -> list[jax.Array]:
+  """A 3-bit tile as a 4-bit tile: two codes of the 2-bit tile and their two bits of the 1-bit tile at a time.
+
+  In eighths of the K-tile, codes i and i + 4 (i below 4) are the two halves of a byte of 4-bit codes. Their low bits
+  lie 4 bits apart in eighth `i % 2` of the 2-bit tile's bytes, and so do their high bits in the 1-bit tile.
+  """
   eighth, out = len(words) // 3, []
-  for part in range(8):
+  for part in range(4):
     for index in range(eighth):
       low = _shift(words[part % 2 * eighth + index], part // 2 * 2)
       high = _shift(words[2 * eighth + index], part - 2)
-      out.append((low & _u32(3 * BYTES)) | (high & _u32(4 * BYTES)))
+      out.append((low & _u32(0x33 * BYTES)) | (high & _u32(0x44 * BYTES)))
   return out
 
 

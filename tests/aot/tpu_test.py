@@ -48,7 +48,15 @@ def test_a_failure_of_the_compiler_is_a_result_and_not_an_end():
   assert right["bundles"] > 0
 
 
+# Where the first weights are dequantized before anything can be multiplied, and little follows them: an expert of
+# 256 x 256 (one pass of the matrix unit), one K-tile of 768 x 768, and 3 bits with 768 columns on v6e.
+LOOSER = {(256, 256): 1.4, (768, 768): 1.25, (512, 768): 1.12}
+
+
 def test_prefill_costs_at_most_a_tenth_more_than_bfloat16():
-  """In bundles, at row tiles of 256: visits of one, two and four of them, every width, both chips."""
-  for row in kernels_tpu_static.run()["results"]:
-    assert max(row["prefill_ratios"].values()) <= kernels_tpu_static.BOUND, row
+  """In bundles, at row tiles of 256, every width, both chips: every tile that the heuristic takes for a named shape."""
+  found = kernels_tpu_static.run()
+  for row in found["tiles"]:
+    bound = LOOSER.get((row["k_tile"], row["columns"]), kernels_tpu_static.BOUND)
+    assert max(row["prefill_ratios"].values()) <= bound, row
+  assert all(max(row["prefill_ratios"].values()) <= kernels_tpu_static.BOUND for row in found["results"])

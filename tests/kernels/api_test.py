@@ -67,10 +67,56 @@ def test_no_rows_give_no_rows():
   (X, W.astype(np.uint8), SIZES, "w is uint8, and weights are floating-point arrays or QTensors"),
   (X, {"q": W}, SIZES, "w is dict"),
   (X.astype(np.float16), W, SIZES, "x is float16"),
+  (X, W, SIZES.astype(np.float32), "group_sizes are float32, and numbers of rows are integers"),
 ])
 def test_bad_input_is_named(x, w, sizes, said):
   with pytest.raises(ValueError, match=said):
     api.grouped_matmul(x, w, sizes)
+
+
+def test_group_sizes_may_be_a_list():
+  np.testing.assert_array_equal(api.grouped_matmul(X, W, SIZES.tolist()), api.grouped_matmul(X, W, SIZES))
+
+
+@pytest.mark.parametrize("backend", api.BACKENDS)
+def test_every_backend_names_what_is_wrong(backend: str):
+  """Before it asks whether this is its device, so the same messages come on every machine, and from `prepare`."""
+  q = conformance.packed((2, 3, 4), (3, 64, 16), group=64).q
+
+  def changed(**fields):
+    return dataclasses.replace(q, **fields)
+
+  for w, said in ((changed(bits=q.bits + 3), r"widths \[5, 6, 7\] are not in \(1, 2, 3, 4, 8, 16\)"),
+                  (changed(buffer=q.buffer[:, :-1]), "outside the buffer of 71 rows"),
+                  (changed(buffer=q.buffer.astype(np.int8)), "buffer is int8, not uint8"),
+                  (changed(k_tile=48), "a K-block of 64 rows cuts a tile of 48")):
+    with pytest.raises(ValueError, match=f"grouped_matmul: w: .*{said}"):
+      api.grouped_matmul(X, w, SIZES, backend=backend)
+    with pytest.raises(ValueError, match=f"grouped_matmul: w: .*{said}"):
+      api.prepare(w, backend)
+  for x, w, sizes, said in ((X, q, SIZES + 1, "group_sizes sum to 23, but x has 20 rows"),
+                            (X, q, -SIZES, "group_sizes sum to -20"), (X, q, SIZES[:2], "are not"),
+                            (X[:, 1:], q, SIZES, "are not"), (X.astype(np.float16), q, SIZES, "x is float16"),
+                            (X, q.buffer, SIZES, "w is uint8"), (X, "w4a16", SIZES, "w is str, and weights are")):
+    with pytest.raises(ValueError, match=said):
+      api.grouped_matmul(x, w, sizes, backend=backend)
+
+
+@pytest.mark.parametrize(("backend", "device", "said"), [
+  ("cpu", "tpu", "cpu: packed weights are unpacked in a loop made for CPUs, and the device is 'tpu'"),
+  ("cpu_int8", "tpu", "cpu_int8: activations in 8 bits are for CPUs, and the device is 'tpu'"),
+  ("pallas_tpu", "gpu", "pallas_tpu: it is made for TPUs, and the device is 'gpu'"),
+  ("pallas_gpu", "NVIDIA A100-SXM4-80GB", r"pallas_gpu: the kernel is for Hopper GPUs \(H100, .* 'NVIDIA A100"),
+])
+def test_another_device_is_refused_by_name_of_both(backend: str, device: str, said: str):
+  with pytest.raises(ValueError, match=rf"no back-end for \(T, E, K, N\) = \(20, 3, 64, 16\).*{said}"):
+    api.choose(X, conformance.packed(2, (3, 64, 16)).q, backend=backend, device=device)
+
+
+def test_a_view_of_an_unknown_backend_is_refused():
+  q = conformance.packed(2, (3, 64, 16)).q
+  with pytest.raises(ValueError, match="unknown back-end 'rocm'; there are"):
+    api.grouped_matmul(X, api.Prepared(q, "rocm", q.shape), SIZES)
 
 
 @pytest.mark.parametrize(("change", "said"), [

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from moeq_jax.kernels import api, cpu, cpu_int8, shapes
+from moeq_jax.kernels import api, cpu, cpu_int8, shapes, varying
 from tests import conformance
 
 
@@ -30,6 +30,27 @@ def test_the_product_is_that_of_the_rounded_rows(shape: tuple[int, int, int], gr
   wanted = np.where(owner == 16, x, rounded(x, group or cpu_int8.ONE_GROUP))
   assert conformance.difference(y, conformance.expected(wanted, made.values, sizes)) < 1e-5
   assert conformance.difference(y, conformance.expected(x, made.values, sizes)) < 2e-2
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(np.float32, 1e-5), (ml_dtypes.bfloat16, 1e-2)])
+@pytest.mark.parametrize(("name", "projection"), conformance.SCALED.items())
+def test_named_shapes_under_every_routing(
+    monkeypatch: pytest.MonkeyPatch, name: str, projection: str, dtype: type, limit: float):
+  """At 1/16 of their size; outputs are NaN where nothing is written."""
+  rows, zeros = 32, varying.zeros  # at most 8 per expert; with more, the exact way is taken
+  monkeypatch.setattr(varying, "zeros", lambda shape, dtype, like: (
+    jnp.full(shape, jnp.nan, dtype) if shape[0] == rows else zeros(shape, dtype, like)))
+  shape = shapes.LAYERS[name].scaled(1 / 16).matmuls()[projection]
+  bits = conformance.mixed(shape[0])
+  made, x = conformance.packed(bits, shape, group=32), conformance.rows(rows, shape[1], dtype)
+  exact = x.astype(np.float64)
+  for routing in shapes.ROUTINGS:
+    sizes = shapes.group_sizes(routing, rows, shape[0])
+    wide = np.repeat(bits, sizes)[:, None] == 16
+    y = conformance.jitted("cpu_int8")(x, made.q, sizes)
+    wanted = conformance.expected(np.where(wide, exact, rounded(exact, 32)), made.values, sizes)
+    assert conformance.difference(y, wanted) < limit
+    assert conformance.difference(y, conformance.expected(exact, made.values, sizes)) < 2e-2
 
 
 def test_blocks_of_their_own_widths():

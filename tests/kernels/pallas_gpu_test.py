@@ -4,6 +4,7 @@ One interpreted launch takes about 20 s on two cores, so each test here covers s
 runs with `-m thorough` (most of an hour).
 """
 
+import dataclasses
 import functools
 import os
 import subprocess
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from moeq_jax import planar, qtensor
@@ -46,14 +47,14 @@ def test_interpreted_launches(marked: str):
 
 @pytest.fixture
 def interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-  """An abstract H100, uninitialised memory full of NaN, small rings that wrap; fails if the interpreter sees a race."""
+  """An abstract H100, uninitialised memory full of NaN, small rings that wrap; fails if any launch has a race."""
   monkeypatch.setattr(pallas_gpu, "heuristic", functools.partial(_small, {}))
   interpret_pallas_call.reset_gpu_interpret_mode_state()
+  launches = conformance.made_by(monkeypatch, gpu_callbacks, "GPURaceDetectionState")
   params = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
   with jax.sharding.use_abstract_mesh(MESH), plgpu.force_gpu_interpret_mode(params):
     yield
-  races = interpret_pallas_call.get_races()
-  assert races is None or not races.races_found
+  assert not any(races.races_found for races in launches)
 
 
 @pytest.fixture
@@ -210,6 +211,19 @@ def test_layouts_that_cannot_be_cut_are_refused_by_name():
   shards = jax.tree.map(lambda leaf: np.concatenate([leaf, leaf]), q)
   with pytest.raises(ValueError, match="one shard, and the QTensor holds 2"):
     gpu_view.prepare(shards)
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+  ({"rows": 12}, "rows are a multiple of 8"), ({"rows": 264}, "up to 256"), ({"splits": 0}, "splits are at least 1"),
+  ({"splits": 9}, "at most the steps along K"), ({"scale": "never"}, "scale is 'after' or 'before'"),
+  ({"eighths": 3}, "eighths are 1 or 8"), ({"chunks": 3}, "that of chunks at least 4"),
+  ({"operand": "constant"}, "operand is"), ({"chunks": 64}, r"needs \d+ bytes of shared memory, .* has 232448")])
+def test_launches_that_do_not_fit_are_refused(changes: dict, said: str):
+  w = _abstract_view(2, 4096, 128)
+  config = heuristic(16, 2, w.block_steps, w.tiles)
+  pallas_gpu.check(w, config)
+  with pytest.raises(ValueError, match=f"pallas_gpu: Config.*{said}"):
+    pallas_gpu.check(w, dataclasses.replace(config, **changes))
 
 
 def test_lowering_for_cuda_with_weights_in_registers():

@@ -19,7 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from moeq_jax import kernels, qtensor
 from moeq_jax.bench import _tpu_compile
-from moeq_jax.kernels import api, pallas_tpu, shapes, tpu_view
+from moeq_jax.kernels import api, pallas_tpu, shapes, tpu_unpack, tpu_view
 from tests import conformance
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # compiles in half the time
@@ -27,10 +27,12 @@ EVERY = np.array(qtensor.WIDTHS)
 
 
 @pytest.fixture(autouse=True)
-def _interpreted(monkeypatch) -> Iterator[None]:
+def launches(monkeypatch) -> Iterator[list[Any]]:
+  """The races of every launch of an interpreted kernel; there must be none."""
   monkeypatch.setattr(pallas_tpu, "INTERPRET", pltpu.InterpretParams(detect_races=True))
-  yield
-  assert interpreter.races is None or not interpreter.races.races_found
+  launches = conformance.made_by(monkeypatch, interpreter, "RaceDetectionState")
+  yield launches
+  assert not any(races.races_found for races in launches)
 
 
 @functools.cache
@@ -85,8 +87,9 @@ QUICK_WAYS = ("in_order", True), ("reused", False)
 @pytest.mark.parametrize(("name", "paired"), [
   pytest.param(name, paired, marks=[] if (name, paired) in QUICK_WAYS else pytest.mark.thorough)
   for name in CONFIGS for paired in (True, False)])
-def test_every_way_takes_every_width(name: str, paired: bool):
+def test_every_way_takes_every_width(launches: list[Any], name: str, paired: bool):
   _check_routings(CONFIGS[name], np.float32, 1e-5, paired)
+  assert len(launches) == len(ROUTED)
 
 
 @pytest.mark.thorough
@@ -173,6 +176,25 @@ def _codes(view: tpu_view.View) -> np.ndarray:
     out.append(codes.reshape(view.k_block, -1)[: view.k_rows, : view.columns])
   out = np.array(out).reshape(experts, k_blocks, stripes, view.k_rows, view.columns)
   return out.transpose(0, 1, 3, 2, 4).reshape(experts, k_blocks * view.k_rows, -1)[:, : view.K, : view.N]
+
+
+def _bitcast(words: jax.Array, kind: Any) -> jax.Array:
+  """`pltpu.bitcast` outside a kernel: the narrow rows that lie in rows of 32-bit words, low bits first."""
+  words, size = np.asarray(words), np.dtype(kind).itemsize
+  rows = np.stack([words >> 8 * size * part & 2 ** (8 * size) - 1 for part in range(4 // size)], axis=1)
+  return jnp.asarray(rows.astype(f"u{size}").view(kind).reshape(-1, words.shape[1]))
+
+
+@pytest.mark.parametrize("K", [256, 512, 768])
+@pytest.mark.parametrize("paired", [True, False])
+def test_words_become_codes(monkeypatch, paired: bool, K: int):
+  monkeypatch.setattr(tpu_unpack.pltpu, "bitcast", _bitcast)
+  for bits in qtensor.WIDTHS:
+    made = conformance.packed(bits, (1, K, 128), group=0)
+    view = tpu_view.prepare(made.q, paired)
+    assert view.k_tile == view.k_block == K
+    codes = np.asarray(tpu_unpack.unpack(view.words, bits, paired), np.float64) - tpu_unpack.bias(bits, paired)
+    np.testing.assert_array_equal(codes, made.values[0] if bits == 16 else made.codes[0])
 
 
 @pytest.mark.parametrize(("shape", "group", "blocks", "chip"), [
