@@ -85,10 +85,12 @@ def test_whether_the_cpu_multiplies_bfloat16_is_read_from_its_flags(monkeypatch,
 
 
 def test_a_column_tile_keeps_its_limits():
-  for (K, stripe, columns, weights), wanted in {
-      (1024, 3584, 4096, 1 << 22): 3584, (4096, 14336, 4096, 1 << 22): 1024, (14336, 4096, 4096, 1 << 22): 256,
-      (1 << 20, 4096, 4096, 1 << 22): 64, (64, 997, 64, 64): 997, (64, 14336, 4096, 1 << 22): 3584}.items():
-    assert cpu_loop.column_tile(K, stripe, columns, weights) == wanted
+  for (K, stripe, stripes, columns, weights), wanted in {
+      (1024, 3584, 1, 4096, 1 << 22): 3584, (4096, 14336, 1, 4096, 1 << 22): 1024, (14336, 4096, 1, 4096, 1 << 22): 256,
+      (1 << 20, 4096, 1, 4096, 1 << 22): 64, (64, 997, 1, 64, 64): 997, (64, 14336, 1, 4096, 1 << 22): 3584,
+      (1024, 64, 56, 4096, 1 << 22): 3584, (1024, 64, 56, 2048, 1 << 22): 1792, (4096, 128, 112, 4096, 1 << 22): 1024,
+      (1024, 64, 53, 2048, 1 << 22): 64, (64, 16, 5, 4096, 1 << 22): 80, (4096, 7168, 2, 4096, 1 << 22): 1024}.items():
+    assert cpu_loop.column_tile(K, stripe, stripes, columns, weights) == wanted
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
