@@ -153,11 +153,12 @@ def codes(q: Any, index: jax.Array, column: jax.Array, width: int,
     words = lax.bitcast_convert_type(found.astype(jnp.float32), jnp.uint32)  # 8 bits are exact in bfloat16
     return lax.bitcast_convert_type((words >> 16).astype(jnp.uint16), jnp.bfloat16)
 
-  found = lax.optimization_barrier(centred()) if dtype == jnp.int8 else _unless_wide(q, slabs, centred)
+  found = centred() if dtype == jnp.int8 else _unless_wide(q, slabs, centred)
   scale, zero = _grid(q, index, column, slabs)
   scale = jnp.where(mask[:, :1] == 0, 1.0 if dtype == jnp.bfloat16 else 0.0, scale)
   zero = jnp.where(mask[:, :1] == 0, 0.0, zero - middle[:, :1].astype(jnp.float32))
-  return found.reshape(-1, width), scale.reshape(-1, width), zero.reshape(-1, width)
+  # stripes joined before they are in memory would be joined weight by weight
+  return tuple(a.reshape(-1, width) for a in lax.optimization_barrier((found, scale, zero)))
 
 
 def _rounded_to(dtype: jnp.dtype, values: jax.Array) -> jax.Array:
