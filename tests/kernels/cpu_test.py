@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from moeq_jax import unpacking
+from moeq_jax import qtensor, unpacking
 from moeq_jax.kernels import api, cpu, cpu_loop, shapes, varying
 from tests import conformance
 
@@ -37,6 +37,36 @@ def test_more_than_one_column_tile_and_row_tile(monkeypatch, shape: tuple[int, i
   assert conformance.difference(y, conformance.expected(x, made.values, sizes)) < 1e-5
   wanted = conformance.expected(dy, made.values.swapaxes(1, 2), sizes)
   assert conformance.difference(pull(jnp.asarray(dy))[0], wanted) < 1e-5
+
+
+@pytest.mark.parametrize(("rows", "dtype"), [(9, np.float32), (60, ml_dtypes.bfloat16)])
+@pytest.mark.parametrize(("shape", "group", "blocks"), [
+    ((3, 96, 192), 32, (1, 12)), ((3, 64, 250), 64, (1, 4)), ((3, 128, 256), 128, (1, 2)),
+    ((3, 128, 48), 32, (4, 1)), ((2, 384, 64), 128, (3, 1)), ((3, 256, 128), 64, (2, 4))])
+def test_blocks_of_neurons(monkeypatch, shape: tuple[int, int, int], group: int, blocks: tuple[int, int], rows: int,
+                           dtype: type):
+  """Stripes and K-blocks of 16 to 128 neurons, several stripes to a tile and several tiles."""
+  monkeypatch.setattr(cpu_loop, "MOST_STRIPES", 2)
+  bits = np.random.default_rng(5).choice(qtensor.WIDTHS, (shape[0], *blocks))
+  made = conformance.packed(bits, shape, group)
+  x, sizes = conformance.rows(rows, shape[1], dtype), shapes.group_sizes("zipf", rows, shape[0])
+  dy = conformance.rows(rows, shape[2], seed=2)
+  y = conformance.jitted("cpu")(x, made.q, sizes)
+  dx = conformance.jitted_gradients("cpu", (0,))(x, made.q, sizes, dy)[0]
+  limit = 1e-5 if dtype == np.float32 else 1e-2
+  assert conformance.difference(y, conformance.expected(x, made.values, sizes)) < limit
+  assert conformance.difference(dx, conformance.expected(dy, made.values.swapaxes(1, 2), sizes)) < limit
+
+
+def test_one_program_serves_every_arrangement_of_blocks():
+  run = jax.jit(lambda x, w, sizes: api.grouped_matmul(x, w, sizes, backend="cpu"))
+  x, shape, rng = conformance.rows(40, 128), (4, 128, 64), np.random.default_rng(6)
+  for seed in range(3):
+    bits = np.full((4, 2, 4), 16) if seed == 0 else rng.choice(qtensor.WIDTHS, (4, 2, 4))
+    made = conformance.packed(bits, shape, seed=seed, capacity=qtensor.packed_rows(np.full((4, 2, 4), 16), shape, 64))
+    sizes = shapes.group_sizes("zipf", 40, 4, seed)
+    assert conformance.difference(run(x, made.q, sizes), conformance.expected(x, made.values, sizes)) < 1e-5
+  assert run._cache_size() == 1
 
 
 NAMED = [(name, projection) for name, layer in shapes.LAYERS.items() for projection in layer.matmuls()
