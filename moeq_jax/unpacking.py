@@ -2,15 +2,14 @@
 
 A K-tile is eight *eighths* of `k_tile / 8` weight rows, and with b bits it is b *planes* of as many byte rows: field j
 of plane i holds eighth `j b + i` (`planar.py`). Where a weight's byte lies, and which of its bits, is thus the same for
-all weights of a *slab*, some rows of an eighth in one stripe. So there is no branch on the width: one gather of byte
-rows, and a shift and a mask that differ from slab to slab, read blocks of any mix of widths at once, into one array of
-full width. 3 bits have a second byte row, that of bit 2, and the other widths read one for nothing. Only 16 bits, which
-are two byte rows and no code, have a branch of their own, taken where a block has them.
+all weights of a *slab*, some rows of an eighth in one stripe. So widths need no branch: one gather of byte rows, and a
+shift and a mask that differ from slab to slab, read blocks of any mix of widths at once, into one array of full width.
+3 bits have a second byte row, that of bit 2, and 16 bits are two byte rows and no code: tiles without such blocks leave
+the second one out.
 
 The letters are those of `qtensor.py`; a `q` here is a QTensor of one shard.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,17 +25,17 @@ class _Slabs(NamedTuple):
   Attributes:
     place: `[A, B, 1, S, 2]` int32, buffer rows where the bytes of a slab begin: those with the low bits, and those with
       bit 2 of 3 bits or bits 8-15 of 16 (for other widths, the first again).
-    field: `[A, B, 1, S, 4]` uint8: where in a low byte the code begins, its mask there (0 for 16 bits), and the same of
-      bit 2 of 3 bits.
+    field: `[A, B, 1, S, 3]` uint8: where in a low byte the code begins; the mask of its low bits, 0 for 16 bits; the
+      bit of the other byte that is bit 2 of 3 bits, 0 for other widths.
     column: int32 scalar, the first column in the buffer.
-    wide: bool scalar, whether any width is 16.
+    kind: int32 scalar, 2 if any width is 16, else 1 if any is 3, else 0.
     rows, columns: C, W.
   """
 
   place: jax.Array
   field: jax.Array
   column: jax.Array
-  wide: jax.Array
+  kind: jax.Array
   rows: int
   columns: int
 
@@ -55,11 +54,12 @@ def _find(q: Any, index: jax.Array, column: jax.Array, width: int) -> _Slabs:
   start, plane = offset + eighth * bits * tile + rest, number & (planes - 1)
   second = jnp.where(bits == 16, 8 + plane, jnp.where(bits == 3, 2, plane))
   place = start + eighth * jnp.where(_along(2, -1) == 0, plane, second)
-  parts = number - plane, jnp.where(bits == 16, 0, (1 << planes) - 1), jnp.where(bits == 3, number, 0), bits == 3
-  field = functools.reduce(lambda found, part: jnp.where(_along(4, -1) == part[0], part[1], found), enumerate(parts), 0)
+  mask, third = jnp.where(bits == 16, 0, (1 << planes) - 1), jnp.where(bits == 3, 1 << number, 0)
+  field = jnp.where(_along(3, -1) == 0, number - plane, jnp.where(_along(3, -1) == 1, mask, third))
   # without the barrier, XLA would compute all of this again for every weight
   place, field = lax.optimization_barrier((place, field.astype(jnp.uint8)))
-  return _Slabs(place, field, column % stripe, jnp.any(mine[0] == 16), rows, min(width, stripe))
+  kind = jnp.max(jnp.where(mine[0] == 16, 2, jnp.where(mine[0] == 3, 1, 0)))
+  return _Slabs(place, field, column % stripe, kind, rows, min(width, stripe))
 
 
 def _along(count: int, axis: int) -> np.ndarray:
@@ -77,21 +77,26 @@ def _bytes(q: Any, slabs: _Slabs, which: int) -> jax.Array:
   return lax.gather(q.buffer[0], start, numbers, (1, slabs.columns), mode="promise_in_bounds")
 
 
-def _codes(q: Any, slabs: _Slabs) -> jax.Array:
-  """`[A, B, C, S, W]` uint8, zeros where the width is 16."""
-  shift, mask, high_shift, high_mask = (slabs.field[..., number, None] for number in range(4))
-  high = _bytes(q, slabs, 1) >> high_shift & high_mask
-  return _bytes(q, slabs, 0) >> shift & mask | high << np.uint8(2)
+def _codes(q: Any, slabs: _Slabs, three: bool) -> jax.Array:
+  """`[A, B, C, S, W]` uint8, zeros where the width is 16; no width is 3 unless `three`."""
+  shift, mask, third = (slabs.field[..., number, None] for number in range(3))
+  low = _bytes(q, slabs, 0) >> shift & mask
+  return low | jnp.where(_bytes(q, slabs, 1) & third != 0, np.uint8(4), np.uint8(0)) if three else low
 
 
-def _unless_wide(q: Any, slabs: _Slabs, make: Callable[[], jax.Array]) -> jax.Array:
-  """`make()`, which is made of codes, but with the weights themselves where the width is 16."""
-  def with_wide() -> jax.Array:
-    made, (low, high) = make(), (_bytes(q, slabs, which).astype(jnp.uint16) for which in range(2))
+def _of_codes(q: Any, slabs: _Slabs, make: Callable[[jax.Array], jax.Array]) -> jax.Array:
+  """`make(codes)`, of zeros where the width is 16."""
+  return lax.cond(slabs.kind > 0, lambda: make(_codes(q, slabs, True)), lambda: make(_codes(q, slabs, False)))
+
+
+def _of_codes_or_weights(q: Any, slabs: _Slabs, make: Callable[[jax.Array], jax.Array]) -> jax.Array:
+  """`make(codes)`, but the weights themselves where the width is 16."""
+  def weights() -> jax.Array:
+    made, (low, high) = make(_codes(q, slabs, True)), (_bytes(q, slabs, which).astype(jnp.uint16) for which in range(2))
     weights = lax.bitcast_convert_type(low | high << np.uint16(8), jnp.bfloat16)
     return jnp.where(slabs.field[..., 1, None] == 0, weights.astype(made.dtype), made)
 
-  return lax.cond(slabs.wide, with_wide, make)
+  return lax.switch(slabs.kind, [lambda: make(_codes(q, slabs, False)), lambda: make(_codes(q, slabs, True)), weights])
 
 
 def _grid(q: Any, index: jax.Array, column: jax.Array, slabs: _Slabs) -> list[jax.Array]:
@@ -122,11 +127,11 @@ def columns(q: Any, index: jax.Array, column: jax.Array, width: int, dtype: jnp.
   """
   slabs = _find(q, index, column, width)
 
-  def values() -> jax.Array:
+  def values(found: jax.Array) -> jax.Array:
     scale, zero = _grid(q, index, column, slabs)
-    return _rounded_to(dtype, (_codes(q, slabs).astype(jnp.float32) - zero) * scale)
+    return _rounded_to(dtype, (found.astype(jnp.float32) - zero) * scale)
 
-  return _unless_wide(q, slabs, values).reshape(-1, width)[: q.K]
+  return _of_codes_or_weights(q, slabs, values).reshape(-1, width)[: q.K]
 
 
 def codes(q: Any, index: jax.Array, column: jax.Array, width: int,
@@ -143,17 +148,17 @@ def codes(q: Any, index: jax.Array, column: jax.Array, width: int,
     cancels; in bfloat16 the codes of 16-bit blocks are the weights, with scale 1 and zero 0.
   """
   slabs = _find(q, index, column, width)
-  mask, three = slabs.field[..., 1, None], slabs.field[..., 3, None]
-  middle = jnp.where(three == 1, np.uint8(4), (mask >> 1) + (mask & 1))
+  mask, third = slabs.field[..., 1, None], slabs.field[..., 2, None]
+  middle = jnp.where(third != 0, np.uint8(4), (mask >> 1) + (mask & 1))
 
-  def centred() -> jax.Array:
-    found = lax.bitcast_convert_type(_codes(q, slabs) - middle, jnp.int8)
+  def centred(found: jax.Array) -> jax.Array:
+    found = lax.bitcast_convert_type(found - middle, jnp.int8)
     if dtype == jnp.int8:
       return found
     words = lax.bitcast_convert_type(found.astype(jnp.float32), jnp.uint32)  # 8 bits are exact in bfloat16
     return lax.bitcast_convert_type((words >> 16).astype(jnp.uint16), jnp.bfloat16)
 
-  found = centred() if dtype == jnp.int8 else _unless_wide(q, slabs, centred)
+  found = (_of_codes if dtype == jnp.int8 else _of_codes_or_weights)(q, slabs, centred)
   scale, zero = _grid(q, index, column, slabs)
   scale = jnp.where(mask[:, :1] == 0, 1.0 if dtype == jnp.bfloat16 else 0.0, scale)
   zero = jnp.where(mask[:, :1] == 0, 0.0, zero - middle[:, :1].astype(jnp.float32))

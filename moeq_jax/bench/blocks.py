@@ -1,9 +1,9 @@
 """Experts with a width for every block of neurons beside experts with one width each, at equal bytes.
 
 Blocks are stripes of columns of gate and up, and K-blocks of rows of down (`encode/neurons.py`). Every expert has
-blocks of 1, 2, 3 and 4 bits in equal numbers, in any order; beside it experts of 2 and 3 bits in turn: 2.5 bits a weight
-either way, with the same scale groups, through the same door. Both are timed in turn, round after round, and the ratio
-is the median of the rounds' ratios, so that other load on the machine meets both alike.
+blocks of 1, 2, 3 and 4 bits in equal numbers, in any order; beside it experts of 2 and 3 bits in turn: 2.5 bits per
+weight either way, with the same scale groups, through the same door. Both are timed in turn, round after round, and
+the ratio is the median of the rounds' ratios, so that other load on the machine meets both alike.
 """
 
 import functools

@@ -17,7 +17,7 @@ from jax import lax
 
 from moeq_jax.qtensor import QTensor
 
-MOST_STRIPES = 32  # of a tile: each is read from another place, and caches follow so many at a time (docs/kernels.md)
+MOST_STRIPES = 48  # of a tile: each is read from another place, and caches follow so many at a time (docs/kernels.md)
 Join = Callable[..., jax.Array]  # products of the same rows with several weights, [rows, columns] each -> one
 
 
