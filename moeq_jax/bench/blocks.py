@@ -43,7 +43,7 @@ class Routed(NamedTuple):
   group_sizes: jax.Array
 
 
-def run(rounds: int = 15, shape: str = "", blocks: str = "128,64", order: str = "shuffled") -> dict[str, Any]:
+def run(rounds: int = 15, shape: str = "", blocks: str | int = "128,64", order: str = "shuffled") -> dict[str, Any]:
   """Milliseconds of products and of whole feed-forward blocks, and how much longer they take from widths per block.
 
   Args:
@@ -59,7 +59,7 @@ def run(rounds: int = 15, shape: str = "", blocks: str = "128,64", order: str = 
   Raises:
     ValueError: no such shape, block size or order, or a device that is not a CPU.
   """
-  sizes = [int(block) for block in blocks.split(",") if block.strip().isdigit()]
+  sizes = [int(block) for block in str(blocks).split(",") if block.strip().isdigit()]
   if shape not in ("", *LAYERS) or order not in ORDERS or not sizes or not set(sizes) <= set(neurons.BLOCKS):
     raise ValueError(f"bench blocks: shape={shape!r} of {list(LAYERS)}, blocks={blocks!r} of {neurons.BLOCKS},"
                      f" order={order!r} of {ORDERS}")

@@ -17,7 +17,7 @@ def test_a_small_table(monkeypatch, capsys):
   monkeypatch.setattr(blocks, "LAYERS", {"small": SMALL, "other": SMALL})
   monkeypatch.setattr(blocks, "ROWS", (40,))
   monkeypatch.setattr(blocks, "LEAST_SECONDS", 0.0)
-  found = blocks.run(rounds=3, shape="small", blocks="64", order="sorted")
+  found = blocks.run(rounds=3, shape="small", blocks=64, order="sorted")
   assert [row["part"] for row in found["results"]] == ["up", "down", "ffn"]
   for row in found["results"]:
     assert row["bytes"][0] == row["bytes"][1] == 4 * 64 * 256 * 2.5 / 8 * (3 if row["part"] == "ffn" else 1)
