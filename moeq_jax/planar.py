@@ -11,7 +11,6 @@ the two byte planes of the bfloat16 weight itself, low bytes first, with no code
 import math
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 WIDTHS = (1, 2, 3, 4, 8, 16)
@@ -107,11 +106,3 @@ def decode(raw: Any, bits: int, k_tile: int) -> Any:
   low = raw[:, : 2 * rows].reshape(-1, 1, 2, rows, n) >> (shift & np.uint8(6))
   high = raw[:, None, None, 2 * rows :] >> shift
   return ((low & np.uint8(3)) | ((high & np.uint8(1)) << np.uint8(2))).reshape(-1, n)
-
-
-def decode_bfloat16(raw: jax.Array, k_tile: int) -> jax.Array:
-  """Byte planes `[2 k_block, n]` -> bfloat16 weights `[k_block, n]`."""
-  n = raw.shape[1]
-  planes = raw.reshape(-1, 2, k_tile, n).astype(np.uint16)
-  words = planes[:, 0] | planes[:, 1] << np.uint16(8)
-  return jax.lax.bitcast_convert_type(words, jax.numpy.bfloat16).reshape(-1, n)

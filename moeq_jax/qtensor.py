@@ -281,9 +281,7 @@ def unpack(q: QTensor) -> np.ndarray:
 
 def expert(q: QTensor, index: jax.Array, dtype: jnp.dtype) -> jax.Array:
   """`[K, N]` weights of one expert (`index` may be traced) of one shard, in `dtype`."""
-  stripe = q.buffer.shape[2]
-  parts = lax.map(lambda n: unpacking.columns(q, index, n * stripe, stripe, dtype), jnp.arange(q.blocks[2]))
-  return jnp.moveaxis(parts, 0, 1).reshape(q.K, -1)[:, : q.N]
+  return unpacking.columns(q, index, jnp.int32(0), q.blocks[2] * q.buffer.shape[2], dtype)[:, : q.N]
 
 
 @functools.partial(jax.jit, static_argnames="dtype")

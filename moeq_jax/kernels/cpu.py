@@ -28,7 +28,7 @@ CPU_FLAGS = Path("/proc/cpuinfo")
 FAST_BFLOAT16 = ("amx_bf16", "avx512_bf16")
 # tuned on 2 cores of a Xeon with AMX, E = 8, 1024 x 3584 and E = 64, 768 x 3072 (docs/kernels.md)
 MOST_ROWS_AFTER = {"bfloat16": 16, "float32": 64}  # mean rows of an expert up to which scales come after the product
-LEAST_WEIGHTS_AFTER = 1 << 18  # of an expert's stripe; with fewer, starting the steps of a product takes the time
+LEAST_WEIGHTS_AFTER = 1 << 18  # of an expert; with fewer, starting the steps of a product takes the time
 FEW_ROWS = 8  # mean rows of an expert up to which plain arrays go through a loop and not through row tiles
 MOST_COLUMNS = {False: 4096, True: 2048}  # of a tile, and where experts have one row: wide ones take half the time
 MOST_WEIGHTS = 1 << 22  # of a tile, unless 64 columns have more
@@ -40,7 +40,7 @@ class Config:
 
   Attributes:
     rows: rows of a row tile.
-    columns: columns that are unpacked at a time; divides the stripe.
+    columns: columns that are unpacked at a time; divides the stripe, or is that of several stripes.
     scales: `"before"` or `"after"` the product.
   """
 
@@ -49,7 +49,8 @@ class Config:
   scales: str = "before"
 
 
-def heuristic(shape: tuple[int, int, int, int], dtype: jnp.dtype, fast_bfloat16: bool | None = None) -> Config:
+def heuristic(shape: tuple[int, int, int, int], dtype: jnp.dtype, fast_bfloat16: bool | None = None,
+              stripes: int = 1) -> Config:
   """The sizes for a matmul.
 
   Args:
@@ -57,12 +58,13 @@ def heuristic(shape: tuple[int, int, int, int], dtype: jnp.dtype, fast_bfloat16:
     dtype: of the rows.
     fast_bfloat16: whether the CPU multiplies bfloat16; float32 rows of three bfloat16 parts pay only then. By default,
       what this machine says of itself.
+    stripes: of an expert.
   """
   rows, experts, K, stripe = shape
   mean, name = rows / experts, jnp.dtype(dtype).name
-  columns = cpu_loop.column_tile(K, stripe, MOST_COLUMNS[mean <= 1], MOST_WEIGHTS)
+  columns = cpu_loop.column_tile(K, stripe, stripes, MOST_COLUMNS[mean <= 1], MOST_WEIGHTS)
   fast = _fast_bfloat16() if fast_bfloat16 is None else fast_bfloat16
-  few = mean <= MOST_ROWS_AFTER[name] and K * stripe >= LEAST_WEIGHTS_AFTER
+  few = mean <= MOST_ROWS_AFTER[name] and K * stripe * stripes >= LEAST_WEIGHTS_AFTER
   if few and (fast or name == "bfloat16"):
     return Config(rows=min(rows, max(4, min(_power(2 * mean), 64))), columns=columns, scales="after")
   tile = 256 if mean >= 512 else min(math.ceil(1.5 * mean / 16) * 16, 128) if mean > 4 else max(4, _power(2 * mean))
@@ -138,7 +140,7 @@ def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
 def _products(x: jax.Array, weights: Sequence[QTensor], group_sizes: jax.Array, out_dtype: jnp.dtype,
               join: cpu_loop.Join) -> jax.Array:
   q = weights[0]
-  config = heuristic((x.shape[0], q.shape[0], q.K, q.buffer.shape[2]), x.dtype)
+  config = heuristic((x.shape[0], q.shape[0], q.K, q.buffer.shape[2]), x.dtype, stripes=q.blocks[2])
   y = varying.zeros((x.shape[0], cpu_loop.padded(q)), out_dtype, x)
   if config.scales == "after":
     return cpu_codes.forward(cpu_codes.exact(x, q), weights, group_sizes, config, y, join)[:, : q.N]
@@ -162,7 +164,7 @@ def backward(
   """The gradients `([T, K], [E, K, N])` of `forward`, the second None for packed weights."""
   if not isinstance(w, QTensor):
     return jax.vjp(lambda x, w: _tiled(x, w, group_sizes, dy.dtype), x, w)[1](dy)
-  config = heuristic((x.shape[0], w.shape[0], w.K, w.buffer.shape[2]), x.dtype, fast_bfloat16=False)
+  config = heuristic((x.shape[0], w.shape[0], w.K, w.buffer.shape[2]), x.dtype, False, w.blocks[2])
   dy = jnp.pad(dy.astype(x.dtype), ((0, 0), (0, cpu_loop.padded(w) - w.N)))
   kind = x.dtype if cpu_loop.padded(w) == config.columns else jnp.float32  # one column tile: nothing is accumulated
   contract = (((1,), (1,)), ((), ()))

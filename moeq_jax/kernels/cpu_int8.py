@@ -29,17 +29,17 @@ class Config:
 
   Attributes:
     rows: rows of a row tile.
-    columns: columns of a column tile; divides the stripe.
+    columns: columns of a column tile; divides the stripe, or is that of several stripes.
   """
 
   rows: int
   columns: int
 
 
-def heuristic(shape: tuple[int, int, int, int]) -> Config:
-  """Tile sizes for `(T, E, K, columns of a stripe)`."""
+def heuristic(shape: tuple[int, int, int, int], stripes: int = 1) -> Config:
+  """Tile sizes for `(T, E, K, columns of a stripe)` and the number of stripes of an expert."""
   rows, experts, K, stripe = shape
-  columns = cpu_loop.column_tile(K, stripe, MOST_COLUMNS, MOST_WEIGHTS)
+  columns = cpu_loop.column_tile(K, stripe, stripes, MOST_COLUMNS, MOST_WEIGHTS)
   return Config(rows=min(rows, 4 if rows <= 4 * experts else 8), columns=columns)
 
 
@@ -71,16 +71,18 @@ backward = cpu.backward
 
 def _products(x: jax.Array, weights: Sequence[QTensor], group_sizes: jax.Array, out_dtype: jnp.dtype,
               join: cpu_loop.Join) -> jax.Array:
-  q = weights[0]
-  config = heuristic((x.shape[0], q.shape[0], q.K, q.buffer.shape[2]))
+  q, stripe = weights[0], weights[0].buffer.shape[2]
+  config = heuristic((x.shape[0], q.shape[0], q.K, stripe), q.blocks[2])
   values = jnp.pad(x, ((0, 0), (0, q.blocks[1] * q.k_block - q.K)))
 
   def wide(q: QTensor, index: jax.Array, column: jax.Array, first: jax.Array) -> jax.Array:
-    mine = q.bits[index, :, column // q.buffer.shape[2]] == 16
+    blocks = lax.dynamic_slice(q.bits, (index, 0, column // stripe), (1, q.blocks[1], max(1, config.columns // stripe)))
+    mine = blocks[0] == 16
 
     def product() -> jax.Array:
       weights = unpacking.codes(q, index, column, config.columns, jnp.dtype(jnp.bfloat16))[0]
-      weights = jnp.where(jnp.repeat(mine, q.k_block)[:, None], weights.astype(x.dtype), 0)
+      whole = jnp.repeat(jnp.repeat(mine, q.k_block, axis=0), min(config.columns, stripe), axis=1)
+      weights = jnp.where(whole, weights.astype(x.dtype), 0)
       return jnp.dot(lax.dynamic_slice_in_dim(values, first, config.rows), weights, preferred_element_type=jnp.float32)
 
     return lax.cond(mine.any(), product, lambda: varying.zeros((config.rows, config.columns), jnp.float32, x))

@@ -17,6 +17,7 @@ from jax import lax
 
 from moeq_jax.qtensor import QTensor
 
+MOST_STRIPES = 48  # of a tile: each is read from another place, and caches follow so many at a time (docs/kernels.md)
 Join = Callable[..., jax.Array]  # products of the same rows with several weights, [rows, columns] each -> one
 
 
@@ -37,9 +38,13 @@ def alike(*weights: QTensor) -> bool:
   return len({(q.shape, q.blocks, q.buffer.shape[2], q.group, q.k_block) for q in weights}) == 1
 
 
-def column_tile(K: int, stripe: int, most_columns: int, most_weights: int) -> int:
-  """Columns to unpack at a time: the largest multiple of 64 that divides the stripe and keeps a tile of K rows within
-  both limits, or the smallest one; all of a stripe that no multiple of 64 divides."""
+def column_tile(K: int, stripe: int, stripes: int, most_columns: int, most_weights: int) -> int:
+  """Columns to unpack at a time: as many whole stripes, at most `MOST_STRIPES`, as divide their number and keep a tile
+  of K rows within both limits; or, of a wider stripe, the largest multiple of 64 that divides it and keeps within them,
+  or the smallest one; all of a stripe that no multiple of 64 divides."""
+  most = min(most_columns, most_weights // K)
+  if whole := [n * stripe for n in range(1, min(stripes, MOST_STRIPES) + 1) if stripes % n == 0 and n * stripe <= most]:
+    return max(whole)
   dividing = [c for c in range(64, most_columns + 1, 64) if stripe % c == 0]
   return max((c for c in dividing if c * K <= most_weights), default=min(dividing, default=stripe))
 

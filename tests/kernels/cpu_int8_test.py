@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from moeq_jax.kernels import api, cpu, cpu_int8, shapes, varying
+from moeq_jax.kernels import api, cpu, cpu_int8, cpu_loop, shapes, varying
 from tests import conformance
 
 
@@ -53,11 +53,17 @@ def test_named_shapes_under_every_routing(
     assert conformance.difference(y, conformance.expected(exact, made.values, sizes)) < 2e-2
 
 
-def test_blocks_of_their_own_widths():
-  bits = np.array([[[1, 8], [3, 16]], [[4, 2], [2, 1]]])
+@pytest.mark.parametrize("most", [1, 2, 32])
+def test_blocks_of_their_own_widths(monkeypatch, most: int):
+  monkeypatch.setattr(cpu_loop, "MOST_STRIPES", most)
+  bits = np.array([[[1, 8, 16, 2], [3, 16, 4, 1]], [[4, 2, 3, 16], [2, 1, 8, 3]]])
   made = conformance.packed(bits, (2, 256, 64), group=64)
   x, sizes = conformance.rows(9, 256), np.array([4, 5], np.int32)
   y = api.grouped_matmul(x, made.q, sizes, activations="int8")
+  wide = conformance.widths(bits, (2, 256, 64), 64) == 16
+  wanted = (conformance.expected(x, np.where(wide, made.values, 0), sizes)
+            + conformance.expected(rounded(x, 64), np.where(wide, 0, made.values), sizes))
+  assert conformance.difference(y, wanted) < 1e-5
   assert conformance.difference(y, conformance.expected(x, made.values, sizes)) < 2e-2
 
 

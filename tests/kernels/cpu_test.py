@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from moeq_jax import unpacking
+from moeq_jax import qtensor, unpacking
 from moeq_jax.kernels import api, cpu, cpu_loop, shapes, varying
 from tests import conformance
 
@@ -37,6 +37,36 @@ def test_more_than_one_column_tile_and_row_tile(monkeypatch, shape: tuple[int, i
   assert conformance.difference(y, conformance.expected(x, made.values, sizes)) < 1e-5
   wanted = conformance.expected(dy, made.values.swapaxes(1, 2), sizes)
   assert conformance.difference(pull(jnp.asarray(dy))[0], wanted) < 1e-5
+
+
+@pytest.mark.parametrize(("rows", "dtype"), [(9, np.float32), (60, ml_dtypes.bfloat16)])
+@pytest.mark.parametrize(("shape", "group", "blocks"), [
+    ((3, 64, 250), 64, (1, 4)), ((3, 128, 256), 128, (1, 2)), ((3, 128, 48), 32, (4, 1)), ((2, 384, 64), 128, (3, 1)),
+    ((3, 256, 64), 64, (2, 4))])
+def test_blocks_of_neurons(monkeypatch, shape: tuple[int, int, int], group: int, blocks: tuple[int, int], rows: int,
+                           dtype: type):
+  """Stripes and K-blocks of 16 to 128 neurons, several stripes to a tile and several tiles."""
+  monkeypatch.setattr(cpu_loop, "MOST_STRIPES", 2)
+  bits = np.random.default_rng(5).choice(qtensor.WIDTHS, (shape[0], *blocks))
+  made = conformance.packed(bits, shape, group)
+  x, sizes = conformance.rows(rows, shape[1], dtype), shapes.group_sizes("zipf", rows, shape[0])
+  dy = conformance.rows(rows, shape[2], seed=2)
+  y = conformance.jitted("cpu")(x, made.q, sizes)
+  dx = conformance.jitted_gradients("cpu", (0,))(x, made.q, sizes, dy)[0]
+  limit = 1e-5 if dtype == np.float32 else 1e-2
+  assert conformance.difference(y, conformance.expected(x, made.values, sizes)) < limit
+  assert conformance.difference(dx, conformance.expected(dy, made.values.swapaxes(1, 2), sizes)) < limit
+
+
+def test_one_program_serves_every_arrangement_of_blocks():
+  run = jax.jit(lambda x, w, sizes: api.grouped_matmul(x, w, sizes, backend="cpu"))
+  x, shape, rng = conformance.rows(40, 128), (4, 128, 64), np.random.default_rng(6)
+  for seed in range(3):
+    bits = np.full((4, 2, 4), 16) if seed == 0 else rng.choice(qtensor.WIDTHS, (4, 2, 4))
+    made = conformance.packed(bits, shape, seed=seed, capacity=qtensor.packed_rows(np.full((4, 2, 4), 16), shape, 64))
+    sizes = shapes.group_sizes("zipf", 40, 4, seed)
+    assert conformance.difference(run(x, made.q, sizes), conformance.expected(x, made.values, sizes)) < 1e-5
+  assert run._cache_size() == 1
 
 
 NAMED = [(name, projection) for name, layer in shapes.LAYERS.items() for projection in layer.matmuls()
@@ -85,10 +115,12 @@ def test_whether_the_cpu_multiplies_bfloat16_is_read_from_its_flags(monkeypatch,
 
 
 def test_a_column_tile_keeps_its_limits():
-  for (K, stripe, columns, weights), wanted in {
-      (1024, 3584, 4096, 1 << 22): 3584, (4096, 14336, 4096, 1 << 22): 1024, (14336, 4096, 4096, 1 << 22): 256,
-      (1 << 20, 4096, 4096, 1 << 22): 64, (64, 997, 64, 64): 997, (64, 14336, 4096, 1 << 22): 3584}.items():
-    assert cpu_loop.column_tile(K, stripe, columns, weights) == wanted
+  for (K, stripe, stripes, columns, weights), wanted in {
+      (1024, 3584, 1, 4096, 1 << 22): 3584, (4096, 14336, 1, 4096, 1 << 22): 1024, (14336, 4096, 1, 4096, 1 << 22): 256,
+      (1 << 20, 4096, 1, 4096, 1 << 22): 64, (64, 997, 1, 64, 64): 997, (64, 14336, 1, 4096, 1 << 22): 3584,
+      (1024, 128, 28, 4096, 1 << 22): 3584, (1024, 64, 56, 4096, 1 << 22): 1792, (4096, 128, 112, 4096, 1 << 22): 1024,
+      (1024, 64, 53, 2048, 1 << 22): 64, (64, 16, 5, 4096, 1 << 22): 80, (4096, 7168, 2, 4096, 1 << 22): 1024}.items():
+    assert cpu_loop.column_tile(K, stripe, stripes, columns, weights) == wanted
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])

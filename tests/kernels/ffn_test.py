@@ -93,6 +93,20 @@ def test_one_sweep_equals_the_composition(monkeypatch, activations: str, rows: i
   assert conformance.difference(fused, composed) < 1e-6
 
 
+@pytest.mark.parametrize("activations", ["exact", "int8"])
+def test_blocks_of_neurons_with_widths_of_their_own(activations: str):
+  """Stripes of gate and up, K-blocks of down, and in one sweep: gate and up are alike but for their widths."""
+  rng, (experts, D, F) = np.random.default_rng(7), (4, 96, 128)
+  values = {name: conformance.packed(rng.choice((1, 2, 3, 4), (experts, *blocks)), shape, group=32, seed=seed)
+            for seed, (name, shape, blocks) in enumerate((("gate", (experts, D, F), (1, 8)),
+                                                          ("up", (experts, D, F), (1, 8)),
+                                                          ("down", (experts, F, D), (4, 1))))}
+  x, routed = small_rows(20, D), routing(20, experts, 2)
+  wanted = expected(x, routed, *(values[name].values for name in ("gate", "up", "down")))
+  y = run(x, routed, {name: p.q for name, p in values.items()}, activations=activations)
+  assert conformance.difference(y, wanted) < {"exact": 1e-5, "int8": 3e-2}[activations]
+
+
 def test_one_sweep_is_for_enough_rows_and_weights(monkeypatch):
   made, rows = packed(4, 64, 32), np.zeros((20, 64), np.float32)
   gate, up = made["gate"].q, made["up"].q
