@@ -75,7 +75,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.rotation = "none"  # or "hadamard"
   config.rotation_seed = 0
   if arg.light:
-    config.update(length=128, calibration=4, evaluation=4, budgets=(3.0,), codecs=("rtn(group=64)",),
+    config.update(length=64, calibration=4, evaluation=4, budgets=(3.0,), codecs=("rtn(group=64)",),
                   arms=("uniform", "expert", "projection", "channel", "block 64"))
   return config
 
@@ -94,18 +94,31 @@ def sweep(add) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
+class Coded:
+  """One projection of one layer at every width.
+
+  Attributes:
+    codes: `[W, E, ...]`.
+    errors: `{axis of K and N: {"weight", "fisher": [E, channels along it, W]}}`, as in `ChannelErrors`.
+  """
+
+  codes: codecs.Encoded
+  errors: dict[int, dict[str, np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True)
 class Bank:
   """All experts at every width, and what that costs each channel.
 
   Attributes:
     experts: per layer `{projection: [E, K, N]}`, what was encoded.
-    codes: per layer `{projection: Encoded [W, E, ...]}`.
+    coded: per layer and projection.
     moments: calibration, for encoding again.
     costs: `{axis: table of channels}`, Fisher x error in nats.
   """
 
   experts: list[dict[str, Any]]
-  codes: list[dict[str, codecs.Encoded]]
+  coded: list[dict[str, Coded]]
   moments: artifacts.Stats
   costs: dict[str, channels.BlockCosts]
 
@@ -120,7 +133,34 @@ def _encode(codec: codecs.Codec, bits: jax.Array, w: jax.Array, moment: jax.Arra
   return encoded, {a: squared.sum(2 - a) for a in (0, 1)}, {a: weighted.sum(2 - a) for a in (0, 1)}
 
 
-def encode(experts: Sequence[Mapping[str, Any]], stats: artifacts.Stats, codec: codecs.Codec) -> Bank:
+def encode(w: np.ndarray, name: str, layer: int, stats: artifacts.Stats, codec: codecs.Codec) -> Coded:
+  """Encodes one projection of a layer's experts `[E, K, N]` at every width; `stats` after `shrink_unrouted`."""
+  tokens = np.maximum(stats.tokens[layer], 1)[:, None] * stats.total_tokens
+  moment = jnp.asarray(getattr(stats, candidates.MOMENT[name])[layer])
+  gradients = jnp.asarray(getattr(stats, f"grad_sq_{name}")[layer])
+  each = [jax.tree.map(np.asarray, _encode(codec, jnp.int32(b), jnp.asarray(w, jnp.float32), moment, gradients))
+          for b in WIDTHS]
+  codes, weight, fisher = zip(*each, strict=True)
+  return Coded(codecs.Encoded(*(np.stack(part) for part in zip(*codes, strict=True))),
+               {a: {"weight": np.stack([one[a] for one in weight], -1),
+                    "fisher": np.stack([one[a] / tokens for one in fisher], -1).astype(np.float32)} for a in (0, 1)})
+
+
+def bank_of(experts: Sequence[Mapping[str, Any]], coded: Sequence[Mapping[str, Coded]], stats: artifacts.Stats,
+            codec: codecs.Codec, order: np.ndarray | None = None) -> Bank:
+  """The bank with its tables of costs; `order` `[L, E, F]` says how neurons were sorted."""
+  shapes, costs = {name: tuple(w.shape[1:]) for name, w in experts[0].items()}, {}
+  for axis in channels.AXES:
+    layers = [{kind: np.concatenate([coded[name].errors[channels.along(name, axis)][kind]
+                                     for name in candidates.names(bank)], axis=1) for kind in ("weight", "fisher")}
+              for bank, coded in zip(experts, coded, strict=True)]
+    errors = channel_errors.error_table(layers, shapes, widths=WIDTHS, codec=codec, axis=axis)
+    table = scores.as_cost("fisher_error(zeta=0)", scores.Evidence(errors, experts, channel_stats(stats)))
+    costs[axis] = dataclasses.replace(table, order=order)
+  return Bank(list(experts), list(coded), stats, costs)
+
+
+def encode_all(experts: Sequence[Mapping[str, Any]], stats: artifacts.Stats, codec: codecs.Codec) -> Bank:
   """Encodes every expert at every width.
 
   Args:
@@ -128,29 +168,34 @@ def encode(experts: Sequence[Mapping[str, Any]], stats: artifacts.Stats, codec: 
     stats: calibration with moments.
     codec: the codec.
   """
-  ready, codes = candidates.shrink_unrouted(stats), []
-  found: dict[str, list[dict[str, np.ndarray]]] = {axis: [] for axis in channels.AXES}
-  for layer, bank in enumerate(experts):
-    places, parts = {}, {axis: [] for axis in channels.AXES}
-    tokens = np.maximum(stats.tokens[layer], 1)[:, None] * stats.total_tokens
-    for name in candidates.names(bank):
-      each = [_encode(codec, jnp.int32(b), jnp.asarray(bank[name], jnp.float32),
-                      jnp.asarray(getattr(ready, candidates.MOMENT[name])[layer]),
-                      jnp.asarray(getattr(stats, f"grad_sq_{name}")[layer])) for b in WIDTHS]
-      places[name] = codecs.Encoded(*(np.stack(part) for part in zip(*(one[0] for one in each), strict=True)))
-      for axis, part in parts.items():
-        along = channels.along(name, axis)
-        part.append({"weight": np.stack([one[1][along] for one in each], -1),
-                     "fisher": np.stack([one[2][along] / tokens for one in each], -1).astype(np.float32)})
-    codes.append(places)
-    for axis, part in parts.items():
-      found[axis].append({kind: np.concatenate([one[kind] for one in part], axis=1) for kind in part[0]})
-  shapes = {name: tuple(w.shape[1:]) for name, w in experts[0].items()}
-  costs = {}
-  for axis, layers in found.items():
-    errors = channel_errors.error_table(layers, shapes, widths=WIDTHS, codec=codec, axis=axis)
-    costs[axis] = scores.as_cost("fisher_error(zeta=0)", scores.Evidence(errors, experts, channel_stats(ready)))
-  return Bank(list(experts), codes, ready, costs)
+  ready = candidates.shrink_unrouted(stats)
+  coded = []
+  with progress.bar(f"encode {codec}", len(experts)) as advance:
+    for layer, bank in enumerate(experts):
+      coded.append({name: encode(bank[name], name, layer, ready, codec) for name in candidates.names(bank)})
+      advance()
+  return bank_of(experts, coded, ready, codec)
+
+
+def in_order(bank: Bank, codec: codecs.Codec) -> Bank:
+  """The bank of the same experts with their neurons sorted, dearest first. Columns do not depend on each other, so gate
+  and up keep their codes; down is encoded again, since other neurons share scales."""
+  order = block_plans.order(bank.costs["neurons"])
+  stats = neurons.sort_stats(bank.moments, order)
+  experts, coded = [], []
+  for layer, (weights, before) in enumerate(zip(bank.experts, bank.coded, strict=True)):
+    experts.append(neurons.sort_experts(weights, order[layer]))
+    found = {}
+    for name, one in before.items():
+      if name == "down":
+        found[name] = encode(experts[-1][name], name, layer, stats, codec)
+        continue
+      codes = codecs.Encoded(*(np.take_along_axis(part, order[None, layer, :, None], axis=3) for part in one.codes))
+      columns = {kind: np.take_along_axis(values, order[layer, :, :, None], axis=1)
+                 for kind, values in one.errors[1].items()}
+      found[name] = Coded(codes, {1: columns})
+    coded.append(found)
+  return bank_of(experts, coded, stats, codec, order)
 
 
 def channel_stats(stats: artifacts.Stats) -> channels.ChannelStats:
@@ -243,7 +288,7 @@ def decode(bank: Bank, layer: int, name: str, bits: np.ndarray, codec: codecs.Co
                                  codec=codec)
     codes, _ = again[name]
     return codecs.decode(codecs.Encoded(*map(jnp.asarray, codes)), codec.group, bits.shape[1])
-  return _chosen(codec.group, codecs.Encoded(*map(jnp.asarray, bank.codes[layer][name])), jnp.asarray(bits))
+  return _chosen(codec.group, codecs.Encoded(*map(jnp.asarray, bank.coded[layer][name].codes)), jnp.asarray(bits))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -302,24 +347,16 @@ class Point:
     wanted = [pair for pair in wanted if f"{pair[0]}@{pair[1]:g}@{codec}" not in done]
     if not wanted:
       return
-    bank = encode(self.experts, self.stats, codec)
+    bank = encode_all(self.experts, self.stats, codec)
     self.nested(bank, codec, ("expert", "projection", "channel"), "channels")
     is_sorted = False
     with progress.bar(f"evaluate {codec}", len(wanted)) as advance:
       for arm, budget in wanted:
         if arm in SORTED and not is_sorted:
-          bank, is_sorted = self.in_order(bank, codec), True
+          bank, is_sorted = in_order(bank, codec), True
           self.nested(bank, codec, ("expert sorted", "block 64", "block 32", "block 16"), "blocks")
         delta = self.arm(arm, budget, bank, codec)
         advance(note=f"{arm} at {budget:g}: {delta:+.4f}")
-
-  def in_order(self, bank: Bank, codec: codecs.Codec) -> Bank:
-    """The bank of the same experts with their neurons sorted, dearest first."""
-    order = block_plans.order(bank.costs["neurons"])
-    again = encode([neurons.sort_experts(w, order[layer]) for layer, w in enumerate(bank.experts)],
-                   neurons.sort_stats(self.stats, order), codec)
-    return dataclasses.replace(again, costs={axis: dataclasses.replace(costs, order=order)
-                                             for axis, costs in again.costs.items()})
 
   def nested(self, bank: Bank, codec: codecs.Codec, arms: Sequence[str], which: str) -> None:
     """Predicted cost and lower bound of nested sets of units, from coarse to fine, at equal *nominal* bits."""

@@ -118,7 +118,7 @@ def _plain_numbers(axes: axes_lib.Axes) -> None:
   """Ticks of a logarithmic axis as they are read: 0.02, 3, 50."""
   axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
   axes.yaxis.set_minor_formatter(ticker.FuncFormatter(
-      lambda x, _: f"{x:g}" if f"{x:e}"[0] in "25" else ""))
+      lambda x, _: f"{x:g}" if f"{x:e}"[0] in "235" else ""))
 
 
 def outlier_figure(files: Sequence[tuple[dict[str, np.ndarray], dict[str, Any]]]) -> figure.Figure:
@@ -127,7 +127,7 @@ def outlier_figure(files: Sequence[tuple[dict[str, np.ndarray], dict[str, Any]]]
   found = {(meta["model"], meta["rotation"]): arrays for arrays, meta in files}
   models = sorted({model for model, _ in found})
   panels = [(kind, rotation) for kind in ("kurtosis", "max_median") for rotation in BASES]
-  fig = figure.Figure(figsize=(13, 3.0 * len(models)), layout="constrained")
+  fig = figure.Figure(figsize=(10.5, 2.9 * len(models)), layout="constrained")
   grid = fig.subplots(len(models), len(panels), squeeze=False)
   titles = {"kurtosis": "kurtosis", "max_median": "largest / median"}
   for row, model in zip(grid, models, strict=True):

@@ -1,7 +1,5 @@
 """The experiment on granularity: equal effective bits, nested sets, and weights that are those of packed execution."""
 
-import types
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,13 +25,12 @@ def experts() -> list[dict[str, np.ndarray]]:
 
 @pytest.fixture(scope="module")
 def bank(experts) -> granularity.Bank:
-  return granularity.encode(experts, tiny.stats(), CODEC)
+  return granularity.encode_all(experts, tiny.stats(), CODEC)
 
 
 @pytest.fixture(scope="module")
 def ordered(bank) -> granularity.Bank:
-  point = types.SimpleNamespace(stats=tiny.stats())
-  return granularity.Point.in_order(point, bank, CODEC)
+  return granularity.in_order(bank, CODEC)
 
 
 def _bank_of(arm: str, bank: granularity.Bank, ordered: granularity.Bank) -> granularity.Bank:
@@ -48,6 +45,18 @@ def test_costs_are_those_of_the_channels(bank, experts):
                                            moments=bank.moments)
       scale = wanted["fisher"].max()
       np.testing.assert_allclose(costs.cost[layer] / scale, wanted["fisher"] / scale, rtol=1e-3, atol=1e-6)
+
+
+def test_sorted_banks_are_those_of_the_sorted_experts(bank, ordered):
+  order = ordered.costs["neurons"].order
+  sorted_experts = [neurons.sort_experts(w, order[layer]) for layer, w in enumerate(bank.experts)]
+  wanted = granularity.encode_all(sorted_experts, neurons.sort_stats(tiny.stats(), order), CODEC)
+  for layer, (one, other) in enumerate(zip(ordered.coded, wanted.coded, strict=True)):
+    seen = tiny.stats().tokens[layer] > 0  # moments of the others are means over experts
+    for name in one:
+      differ = np.asarray(one[name].codes.codes) != np.asarray(other[name].codes.codes)
+      assert differ[:, seen].mean() < 1e-3, name
+  np.testing.assert_allclose(ordered.costs["neurons"].cost, wanted.costs["neurons"].cost, rtol=1e-2, atol=1e-9)
 
 
 @pytest.mark.parametrize("arm", granularity.ARMS[1:])
