@@ -26,7 +26,7 @@ LOOKS = {"uniform": ("#000000", "o"), "thresholds": ("#c24e00", "v"), "expert": 
 # Arm, and what it is held against.
 PAIRS = (("uniform", "expert"), ("projection", "expert"), ("block 64", "expert"), ("block 16", "expert"),
          ("channel", "expert"), ("thresholds", "expert"), ("expert sorted", "expert"), ("block 64", "projection"),
-         ("block 64", "expert sorted"), ("thresholds", "uniform"), ("channel", "projection"))
+         ("block 64", "expert sorted"), ("thresholds", "uniform"), ("channel", "projection"), ("channel", "block 64"))
 
 Key = tuple[str, str, str, str, float]  # model, codec, rotation, arm, budget
 Losses = dict[Key, dict[int, np.ndarray]]  # by calibration set
@@ -40,6 +40,12 @@ def read_losses(directory: Path) -> Losses:
       key = (row["model"], row["codec"], row["rotation"], row["arm"], row["budget"])
       losses.setdefault(key, {})[row["seed"]] = results.numbered(row, "sequence_")
   return losses
+
+
+def read_rows(directory: Path) -> list[results.Row]:
+  """The rows of all points, with ids that say which point they are of."""
+  rows = [row for file in sorted(directory.glob("*/rows.jsonl")) for row in results.read(file)]
+  return [row | {"id": f"{row['model']}@{row['rotation']}@set {row['seed']}: {row['id']}"} for row in rows]
 
 
 def compare(losses: Losses) -> list[results.Row]:
@@ -70,7 +76,8 @@ def compare(losses: Losses) -> list[results.Row]:
 
 
 def summarise(directory: Path) -> None:
-  """Writes comparisons.jsonl and figures/ into the directory of all points, and prints a table."""
+  """Writes comparisons.jsonl, all.jsonl (those and the rows of all points) and figures/ into the directory of all
+  points, and prints a table."""
   losses = read_losses(directory)
   path = directory / "comparisons.jsonl"
   path.unlink(missing_ok=True)
@@ -81,6 +88,9 @@ def summarise(directory: Path) -> None:
     shown.add_row(row["model"], row["codec"], row["rotation"], f"{row['budget']:g}", row["what"],
                   f"{row['difference']:+.4f} ± {row['ci95']:.4f}", sets)
   rich_console.Console(width=160).print(shown)
+  (directory / "all.jsonl").unlink(missing_ok=True)
+  for row in [*read_rows(directory), *results.read(path)]:
+    results.append(directory / "all.jsonl", row)
   (directory / "figures").mkdir(exist_ok=True)
   with figures.settled():
     if any(key[3] in LOOKS for key in losses):
@@ -93,24 +103,20 @@ def summarise(directory: Path) -> None:
 def loss_figure(losses: Losses) -> figure.Figure:
   """Loss against effective bits, a panel for each model and codec; rotated arms dashed."""
   panels = sorted({key[:2] for key in losses if key[3] in LOOKS})
-  models = sorted({model for model, _ in panels})
-  columns = max(sum(1 for m, _ in panels if m == model) for model in models)
-  fig = figure.Figure(figsize=(5.6 * columns, 3.9 * len(models)), layout="constrained")
-  grid = fig.subplots(len(models), columns, squeeze=False)
-  for row, model in zip(grid, models, strict=True):
-    for axes, codec in zip(row, [c for m, c in panels if m == model], strict=False):
-      for arm, (color, marker) in LOOKS.items():
-        for rotation, style in (("none", "-"), ("hadamard", "--")):
-          points = sorted((key[4], np.mean([*values.values()])) for key, values in losses.items()
-                          if key[:4] == (model, codec, rotation, arm))
-          if points:
-            axes.plot(*zip(*points, strict=True), color=color, marker=marker, linestyle=style, linewidth=1.3,
-                      markersize=5, markerfacecolor=color if rotation == "none" else "white",
-                      label=arm + BASES[rotation])
-      axes.set(title=f"{model}, {codec}", yscale="log", ylabel="nats per token above full precision",
-               xlabel="bits per expert weight: codes, widths, order")
-      _plain_numbers(axes)
-      axes.legend(fontsize=7, ncols=2)
+  fig = figure.Figure(figsize=(4.4 * len(panels), 4.2), layout="constrained")
+  for axes, (model, codec) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    for arm, (color, marker) in LOOKS.items():
+      for rotation, style in (("none", "-"), ("hadamard", "--")):
+        points = sorted((key[4], np.mean([*values.values()])) for key, values in losses.items()
+                        if key[:4] == (model, codec, rotation, arm))
+        if points:
+          axes.plot(*zip(*points, strict=True), color=color, marker=marker, linestyle=style, markersize=5,
+                    markerfacecolor=color if rotation == "none" else "white", linewidth=1.3,
+                    label=arm + BASES[rotation])
+    axes.set_title(f"{model}, {codec.partition('(')[0]}")
+    axes.set(yscale="log", ylabel="nats per token above full precision", xlabel="bits per weight: codes, widths, order")
+    _plain_numbers(axes)
+    axes.legend(fontsize=7.5)
   return fig
 
 
@@ -139,6 +145,7 @@ def outlier_figure(files: Sequence[tuple[dict[str, np.ndarray], dict[str, Any]]]
       for name, color in COLORS.items():
         values = found.get((model, rotation), {}).get(f"{kind}_{name}")
         if values is None:
+          axes.set_visible(False)
           continue
         flat = values.reshape(-1, values.shape[-1])
         low, middle, high = np.quantile(flat[np.argsort(np.median(flat, axis=1))], (0.01, 0.5, 0.99), axis=1)
