@@ -21,7 +21,7 @@ from typing import Any
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from matplotlib import figure
+from matplotlib import figure, ticker
 from rich import console as rich_console
 from rich import table as rich_table
 
@@ -202,6 +202,8 @@ def _figure(directory: Path) -> None:
         right.plot(high, color=COLORS[projection], linewidth=0.8, linestyle="--", label=f"{projection}: 99%")
       right.set(title=f"{model}: kurtosis of output channels", xlabel="experts, by their median", ylabel="kurtosis",
                 yscale="log")
-      right.legend(fontsize=7, ncols=3)
+      for which in (right.yaxis.set_major_formatter, right.yaxis.set_minor_formatter):
+        which(ticker.FormatStrFormatter("%g"))
+      right.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     (directory / "figures").mkdir(exist_ok=True)
     fig.savefig(directory / "figures" / "down-vs-up.png")
