@@ -177,7 +177,7 @@ class BlockPlan(artifacts.Saved):
     """Bits per weight that the order takes: 16 for each neuron, 32 above 65,536; nothing without one."""
     if self.order is None:
       return 0.0
-    return order_bits(self.order) / (int(self.sizes.sum()) * self.bits[..., 0].size)
+    return order_bits(self.order.reshape(-1, self.order.shape[-1])[0]) / int(self.sizes.sum())
 
   def as_json(self) -> dict[str, Any]:
     """The plan as JSON-able values: all but the order, of which there is a digest."""
