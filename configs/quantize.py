@@ -23,7 +23,7 @@ Fields worth knowing, beside those above:
   calibration.sequences, evaluation.sequences, length, batch      how much of it; no sequence
                  is longer than the model has positions
   block          16, 32, 64 or 128: each block of so many neurons of each projection has a width of its own, in place
-                 of whole experts; 0 for those (docs/channelwise.md)
+                 of whole experts; 0 for those (docs/channelwise.md; best with knapsack(fisher_error))
   sequential     GPTQ sees the inputs that the quantized layers before it give
   export         copies: "('hf',)", "('compressed-tensors',)", "('compressed-tensors(width=4)',)"
   pretrained     for tiers(router_norm_change): the checkpoint that this one was fine-tuned from, unless
