@@ -78,6 +78,7 @@ def _run(x: np.ndarray, w, sizes: np.ndarray) -> np.ndarray:
 @pytest.mark.usefixtures("interpreter")
 class TestInterpretedHopper(conformance.Conformance):
   backend = "pallas_gpu"
+  kept = False
 
 
 @interpreted
