@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from experiments import granularity, granularity_summary
+from experiments import granularity, granularity_codes, granularity_summary
 from moeq_jax import codecs, kernels
 from moeq_jax.allocate import blocks as block_plans
 from moeq_jax.encode import channels as channel_errors
@@ -25,12 +25,12 @@ def experts() -> list[dict[str, np.ndarray]]:
 
 @pytest.fixture(scope="module")
 def bank(experts) -> granularity.Bank:
-  return granularity.encode_all(experts, tiny.stats(), CODEC)
+  return granularity_codes.encode_all(experts, tiny.stats(), CODEC)
 
 
 @pytest.fixture(scope="module")
 def ordered(bank) -> granularity.Bank:
-  return granularity.in_order(bank, CODEC)
+  return granularity_codes.in_order(bank, CODEC)
 
 
 def _bank_of(arm: str, bank: granularity.Bank, ordered: granularity.Bank) -> granularity.Bank:
@@ -38,11 +38,11 @@ def _bank_of(arm: str, bank: granularity.Bank, ordered: granularity.Bank) -> gra
 
 
 def test_costs_are_those_of_the_channels(bank, experts):
-  vectors = granularity.channel_stats(bank.moments)
+  vectors = granularity_codes.channel_stats(bank.moments)
   for axis, costs in bank.costs.items():
     for layer, weights in enumerate(experts):
-      wanted = channel_errors.encode_layer(weights, vectors, layer, codec=CODEC, widths=granularity.WIDTHS, axis=axis,
-                                           moments=bank.moments)
+      wanted = channel_errors.encode_layer(weights, vectors, layer, codec=CODEC, widths=granularity_codes.WIDTHS,
+                                           axis=axis, moments=bank.moments)
       scale = wanted["fisher"].max()
       np.testing.assert_allclose(costs.cost[layer] / scale, wanted["fisher"] / scale, rtol=1e-3, atol=1e-6)
 
@@ -50,7 +50,7 @@ def test_costs_are_those_of_the_channels(bank, experts):
 def test_sorted_banks_are_those_of_the_sorted_experts(bank, ordered):
   order = ordered.costs["neurons"].order
   sorted_experts = [neurons.sort_experts(w, order[layer]) for layer, w in enumerate(bank.experts)]
-  wanted = granularity.encode_all(sorted_experts, neurons.sort_stats(tiny.stats(), order), CODEC)
+  wanted = granularity_codes.encode_all(sorted_experts, neurons.sort_stats(tiny.stats(), order), CODEC)
   for layer, (one, other) in enumerate(zip(ordered.coded, wanted.coded, strict=True)):
     seen = tiny.stats().tokens[layer] > 0  # moments of the others are means over experts
     for name in one:
