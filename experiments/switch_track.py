@@ -63,8 +63,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.damage_bits = 2
 
   if arg.smoke:
-    config.update(budgets=(2.0, 2.5), draws=2, draws_written=1, batch=4, calibration=8, evaluation=8, written=4, damage=8, most=8,
-                  inputs=32, targets=16, methods=("uniform", "tiers(router_norm_change)", "random"))
+    config.update(budgets=(2.0, 2.5), draws=2, draws_written=1, batch=4, calibration=8, evaluation=8, written=4,
+                  damage=8, most=8, inputs=32, targets=16,
+                  methods=("uniform", "tiers(router_norm_change)", "random"))
   return config
 
 

@@ -17,8 +17,8 @@ A row is flat. Its fields:
   budget                    average nominal bits per expert weight asked for; None for full precision
   nominal_bits              average bits per expert weight, codes only
   effective_bits            the same with scales, zeros and permutations
-  block, permutation_bits   of plans by blocks of neurons only: neurons of a block; the part of `effective_bits` that the
-                            order of the neurons takes, which is not stored
+  block, permutation_bits   of plans by blocks of neurons only: neurons of a block; the part of `effective_bits` that
+                            the order of the neurons takes, which is not stored
   stored_bits               the same from the payload bytes in the file (padding included)
   file_mb                   the whole file in units of 1e6 bytes
   loss, perplexity          held out, over all domains; loss in nats per token

@@ -134,7 +134,7 @@ def save(directory: Path, packed: Sequence[Packed], others: Sequence[Tensors], t
 
 
 def counts(packed: Packed, others: Tensors, order_bits: int = 0) -> dict[str, int]:
-  """What `sizes` adds up: expert weights, their bits in codes and in scales and zeros (and in an order of neurons), their
+  """What `sizes` adds up: expert weights, their bits in codes, and in scales and zeros (and an order of neurons), their
   bytes, all other bytes."""
   tensors = list(packed.values())
   weights = sum(int(np.prod(q.shape)) for q in tensors)

@@ -166,7 +166,8 @@ def test_the_exported_copy_computes_what_the_packed_model_does(workdir: Path, pl
       expected = np.asarray(qtensor.dequantize(packed[name], jnp.bfloat16), np.float32)
       assert np.array_equal(np.asarray(weights), expected), name
   opened = language_model.load(workdir / "quantized")
-  expected = tiny.logits([{name: qtensor.dequantize(q) for name, q in layer.items()} for layer in packed_in_memory(plan)])
+  layers = [{name: qtensor.dequantize(q) for name, q in layer.items()} for layer in packed_in_memory(plan)]
+  expected = tiny.logits(layers)
   np.testing.assert_allclose(opened.logits(tiny.tokens(1)[0]), expected, rtol=2e-3, atol=2e-3)
 
 
