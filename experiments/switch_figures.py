@@ -213,7 +213,8 @@ def main(argv: Sequence[str]) -> None:
       *((kind, table(runs, kind, 2)) for kind in rouge.KINDS),
       ("Loss, paired", paired_table(runs, "loss", 5, 1 / _targets(runs[0]))),
       ("ROUGE-2, paired", paired_table(runs, "rouge2", 2, 100)), ("Correlations", correlation_table(runs)),
-      ("Norm change over both trainings", since_random_weights(place, runs))):
+      ("Norm change over both trainings", since_random_weights(place, runs)),
+      ("Full precision with the text of another pair", _other_texts(runs))):
     print(f"\n{title}\n\n{text}")
 
 
@@ -221,6 +222,12 @@ def _full(runs: Sequence[Run]) -> str:
   """The figures of full precision, a line for each seed."""
   fields = ("loss", *rouge.KINDS, "empty")
   return "\n".join(", ".join(f"{field} {run['rows'][0][field]:.4g}" for field in fields) for run in runs)
+
+
+def _other_texts(runs: Sequence[Run]) -> str:
+  """What each seed loses with them, in nats per target token."""
+  found = [run["summary"]["other_texts"] for run in runs]
+  return ", ".join(f"{one['loss_delta']:+.3f} ± {one['loss_delta_ci95']:.3f}" for one in found)
 
 
 def _targets(run: Run) -> float:

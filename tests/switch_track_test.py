@@ -69,6 +69,16 @@ def rows(workdir: Path) -> dict[str, dict]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def test_a_decoder_that_does_not_read_its_encoder_loses_nothing_with_other_texts(checkpoint: Path):
+  subject = subjects.open_checkpoint(config(checkpoint))
+  text = subjects.read_pairs(config(checkpoint), subject)
+  assert measure.other_texts(subject, text)["loss_delta"] != 0
+  for block in subject.blocks:
+    if block.stack == "decoder":
+      block.cross.o.set_value(jnp.zeros_like(block.cross.o.get_value()))
+  assert measure.other_texts(subject, text) == {"loss_delta": 0, "loss_delta_ci95": 0}
+
+
 def test_every_method_has_its_rows(workdir: Path):
   found = rows(workdir)
   kinds = sorted(((row["family"], row["budget"], row["draw"]) for row in found.values()), key=str)

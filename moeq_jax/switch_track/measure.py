@@ -116,6 +116,16 @@ def examples(subject: workspace.Subject, blocks: Sequence[Any], text: subjects.P
   return Examples(loss, scored.scores, scored.empty, float(np.mean(np.concatenate(same)))), routes, texts
 
 
+def other_texts(subject: workspace.Subject, text: subjects.Pairs) -> dict[str, float]:
+  """How much the full-precision model loses when it is given the text of another pair: about 0 for a decoder that does
+  not read its encoder. In nats per target token, with half of the 95% interval over pairs."""
+  own, _ = losses(subject, subject.blocks, text.evaluation)
+  moved = [{**batch, "inputs": np.roll(batch["inputs"], 1, axis=0)} for batch in text.evaluation]
+  other, _ = losses(subject, subject.blocks, moved)
+  per_target = len(own) / sum(int(np.sum(batch["targets"] >= 0)) for batch in text.evaluation)
+  return _paired("loss_delta", other * per_target, own * per_target)
+
+
 def row(found: Examples, full: Examples, text: subjects.Pairs) -> dict[str, Any]:
   """The fields of a row: losses in nats per target token, ROUGE in points of 100; paired with full precision."""
   targets = np.concatenate([np.sum(batch["targets"] >= 0, axis=1) for batch in text.evaluation])

@@ -2,7 +2,7 @@
 
 `workdir/` then holds, beside what `pipeline` leaves there: `rows.jsonl` (fields below), `examples/` (loss and ROUGE of
 every evaluation pair for every plan, for paired comparisons), `written.json` (what the full-precision model writes)
-and `summary.json` (rank correlations, routing).
+and `summary.json` (rank correlations, routing, and what it costs to be given another pair's text).
 
 A row has the fields of `results` that describe a plan, and: loss in nats per target token, over all pairs and per
 domain; rouge1, rouge2, rougeLsum in points of 100; `*_delta`, the difference to full precision, and `*_delta_ci95`,
@@ -150,7 +150,8 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> None:
                              damage.mean if damage else None, damage.stderr if damage else None, config.damage_bits)
   summary: dict[str, Any] = correlations.summary(config.scores, evidence, skip=() if subject.routers_init is not None
                                                  else (subjects.NORM_CHANGE,))
-  artifacts.write_json(workdir / "summary.json", summary | {"unrouted": stats.unrouted()})
+  artifacts.write_json(workdir / "summary.json", summary | {
+      "unrouted": stats.unrouted(), "other_texts": measure.other_texts(subject, text)})
   found = plans(config, subject, evidence)
   with place.timed("evaluate"):
     _measure(place, subject, text, layers, codec, found, config, codes_key)
