@@ -2,7 +2,7 @@
 
 Command:   ./launch.sh run --config=configs/switch_pretrain.py --workdir=runs/switch/pretrained
 Hardware:  2 CPU cores, 5 GiB
-Expected:  an hour; docs/switch_track.md has the losses. configs/switch_finetune.py goes on from it.
+Expected:  an hour and more; docs/switch_track.md has the losses. configs/switch_finetune.py goes on from it.
 A killed run continues with the same command. `:smoke` shrinks it to a minute.
 """
 
@@ -29,10 +29,11 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
   config.mixture = ml_collections.ConfigDict(dict(code=0.5, wiki=0.35, passages=0.15))
   config.density = 0.25  # more targets for the encoder's work than T5's 0.15
+  config.endings = 0.5  # of the windows: their end is the target, so that the decoder has to read the encoder
   config.batch = 32
   config.length = 112  # tokens of text: 93 of input, 38 targets, an end of text each
-  config.steps = 3600  # 12.9 million tokens of text, not quite all there is
-  config.decay_steps = 3600  # of the learning rate
+  config.steps = 6000  # 21.5 million tokens of text, some of it twice
+  config.decay_steps = 6000  # of the learning rate
   config.warmup = 100
   config.peak_rate = 2e-3
   config.end_rate = 1e-4

@@ -42,10 +42,7 @@ def span_corruption(tokens: np.ndarray, *, sentinel_first: int, density: float =
   """
   tokens = np.asarray(tokens)
   noise, spans = _counts(tokens, density, mean)
-  sentinels = sentinel_first - np.arange(spans + 1)
-  if tokens.min() < 0 or sentinels[-1] < 0 or np.isin(tokens, sentinels).any():
-    raise SpanError(f"tokens from {tokens.min()} to {tokens.max()}, {spans + 1} sentinels from {sentinel_first} down:"
-                    " a token of the text would be a sentinel; take shorter texts, fewer spans or other sentinels")
+  sentinels = _sentinels(tokens, sentinel_first, spans)
   taken = _composition(noise, spans, rng)
   kept = _composition(len(tokens) - noise + 2, spans + 1, rng)
   kept[[0, -1]] -= 1  # text before the first and after the last span may be missing
@@ -55,6 +52,44 @@ def span_corruption(tokens: np.ndarray, *, sentinel_first: int, density: float =
   inputs = [*alternate(parts[::2], sentinels[:-1, None]), rest]
   targets = [*alternate(sentinels[:-1, None], parts[1::2]), sentinels[-1:]]
   return np.concatenate(inputs).astype(np.int32), np.concatenate(targets).astype(np.int32)
+
+
+def ending(tokens: np.ndarray, *, sentinel_first: int, density: float = 0.15,
+           mean: float = 3.0) -> tuple[np.ndarray, np.ndarray]:
+  """Takes the end of a text out as one span (the sequential denoiser of UL2, arXiv 2205.05131, section 3.1.2).
+
+  The targets are a text that goes on, which cannot be written without reading what came before; short spans can be
+  guessed from their neighbours in the targets.
+
+  Args:
+    tokens, sentinel_first: as for `span_corruption`.
+    density, mean: the span is so long that the targets are as long as those of `span_corruption`.
+
+  Returns:
+    Inputs and targets, int32.
+
+  Raises:
+    SpanError: as for `span_corruption`, or a span that would be the whole text.
+  """
+  tokens = np.asarray(tokens)
+  noise, spans = _counts(tokens, density, mean)
+  taken = noise + spans - 1
+  if taken >= len(tokens):
+    raise SpanError(f"density={density}, mean={mean}: targets as long as those of {spans} spans are the whole text of"
+                    f" {len(tokens)} tokens; take a smaller density")
+  sentinels = _sentinels(tokens, sentinel_first, 1)
+  inputs = [tokens[:-taken], sentinels[:1]]
+  targets = [sentinels[:1], tokens[-taken:], sentinels[1:]]
+  return np.concatenate(inputs).astype(np.int32), np.concatenate(targets).astype(np.int32)
+
+
+def _sentinels(tokens: np.ndarray, first: int, spans: int) -> np.ndarray:
+  """Those of `spans` spans and of the end; raises `SpanError` if the text holds one of them."""
+  sentinels = first - np.arange(spans + 1)
+  if tokens.min() < 0 or sentinels[-1] < 0 or np.isin(tokens, sentinels).any():
+    raise SpanError(f"tokens from {tokens.min()} to {tokens.max()}, {spans + 1} sentinels from {first} down: a token of"
+                    " the text would be a sentinel; take shorter texts, fewer spans or other sentinels")
+  return sentinels
 
 
 def unused_sentinel(tokens: np.ndarray, vocabulary: int, *, reserved: Sequence[int] = (), density: float = 0.15,

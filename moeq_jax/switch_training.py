@@ -110,7 +110,8 @@ def pretrain_run(config: ml_collections.ConfigDict, workdir: Path) -> None:
   tokenizer = _prepared(config, workdir)
   sizes = model_config(config, tokenizer)
   streams = pretrain.token_streams(config, workdir, tokenizer, sizes.eos_token_id)
-  corrupt = functools.partial(user_text.corrupted, model=sizes, first=sizes.vocab_size - 1, density=config.density)
+  corrupt = functools.partial(user_text.corrupted, model=sizes, first=sizes.vocab_size - 1, density=config.density,
+                              endings=config.endings)
 
   def batch(step: int) -> dict[str, np.ndarray]:
     rows = data.batch(streams, config.mixture, step, size=config.batch, length=config.length, seed=config.seed)

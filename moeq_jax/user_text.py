@@ -125,7 +125,7 @@ def _length(purpose: str, asked: int, model: Any) -> int:
 
 
 def corrupted(rows: np.ndarray, model: switch.SwitchConfig, first: int | None, seed: Sequence[int],
-              density: float = 0.15) -> dict[str, np.ndarray]:
+              density: float = 0.15, endings: float = 0.0) -> dict[str, np.ndarray]:
   """Sequences `[B, S]` as a batch of an encoder-decoder: spans are taken out, and both sides end with the end of text.
 
   Args:
@@ -134,15 +134,19 @@ def corrupted(rows: np.ndarray, model: switch.SwitchConfig, first: int | None, s
     first: the sentinel of the first span; the others count down from it. None: ids that the sequence does not use.
     seed: of the spans.
     density: share of the tokens that is taken out.
+    endings: share of the rows, the first ones, whose end is taken out as one span.
   """
   rng, end = np.random.default_rng(seed), model.eos_token_id
   end = end if isinstance(end, int) else end[0]
   pairs, reserved = [], (end, model.pad_token_id, model.decoder_start_token_id)
-  for row in rows:
+  for place, row in enumerate(rows):
     sentinel = first
     if first is None:
       sentinel = span_corruption.unused_sentinel(row, model.vocab_size, reserved=reserved, density=density)
-    pairs.append(span_corruption.span_corruption(row, sentinel_first=sentinel, density=density, rng=rng))
+    if place < endings * len(rows):
+      pairs.append(span_corruption.ending(row, sentinel_first=sentinel, density=density))
+    else:
+      pairs.append(span_corruption.span_corruption(row, sentinel_first=sentinel, density=density, rng=rng))
   ended = ([[*side.tolist(), end] for side in sides] for sides in zip(*pairs))
   return switch.batch(*ended, model)
 

@@ -54,6 +54,19 @@ def test_inputs_and_targets_hold_the_text(tokens: list[int], density: float, mea
   assert 1 <= sum(len(span) for _, span in spans) <= len(tokens) - 1
 
 
+@given(st.lists(st.integers(0, 500), min_size=8, max_size=120), st.floats(0.05, 0.4), st.floats(2, 12))
+def test_the_end_of_a_text_is_one_span_and_targets_are_as_long(tokens: list[int], density: float, mean: float):
+  inputs, targets = span_corruption.ending(np.asarray(tokens), sentinel_first=FIRST, density=density, mean=mean)
+  assert rebuilt(inputs, targets) == tokens
+  assert list(spans_of(targets)) == [FIRST, FIRST - 1] and inputs[-1] == FIRST and sum(map(is_sentinel, inputs)) == 1
+  assert len(targets) == len(corrupt(tokens, density=density, mean=mean)[1])
+
+
+def test_an_end_that_would_be_the_whole_text_is_named():
+  with pytest.raises(SpanError, match="whole text of 4 tokens"):
+    span_corruption.ending(np.arange(4), sentinel_first=FIRST, density=0.9, mean=1.0)
+
+
 def test_as_many_tokens_and_spans_as_asked_for():
   inputs, targets = corrupt(np.arange(400) % 400)
   assert len(spans_of(targets)) == 20 + 1
