@@ -10,6 +10,7 @@ the second one out.
 The letters are those of `qtensor.py`; a `q` here is a QTensor of one shard.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -44,7 +45,7 @@ def _find(q: Any, index: jax.Array, column: jax.Array, width: int) -> _Slabs:
   """Finds the packed bytes, the only jax code that does; the arguments are those of `columns`."""
   (_, k_blocks, _), stripe, eighth = q.blocks, q.buffer.shape[2], q.k_tile // 8
   group, stripes = q.k_block if q.groups == 1 else q.group, max(1, width // stripe)
-  rows = min(group, eighth)
+  rows = math.gcd(group, eighth)  # views of TPUs, turned back, have K-tiles whose eighths are not whole groups
   shape = k_blocks * q.k_block // group, group // rows, 1, stripes, 1
   first = np.arange(0, k_blocks * q.k_block, rows, dtype=np.int32).reshape(*shape[:2], 1, 1, 1) % q.k_block
   tile, number, rest = first // q.k_tile, first % q.k_tile // eighth, first % eighth  # rows of a K-block
