@@ -101,22 +101,25 @@ def summarise(directory: Path) -> None:
 
 
 def loss_figure(losses: Losses) -> figure.Figure:
-  """Loss against effective bits, a panel for each model and codec; rotated arms dashed."""
+  """Loss against effective bits: a column for each model and codec, a row for each basis, means over calibration sets."""
   panels = sorted({key[:2] for key in losses if key[3] in LOOKS})
-  fig = figure.Figure(figsize=(4.4 * len(panels), 4.2), layout="constrained")
-  for axes, (model, codec) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-    for arm, (color, marker) in LOOKS.items():
-      for rotation, style in (("none", "-"), ("hadamard", "--")):
+  bases = [rotation for rotation in BASES if any(key[2] == rotation for key in losses)]
+  fig = figure.Figure(figsize=(4.4 * len(panels), 3.3 * len(bases) + 0.7), layout="constrained")
+  grid, shown = fig.subplots(len(bases), len(panels), squeeze=False, sharex="col", sharey="col"), {}
+  for row, rotation in zip(grid, bases, strict=True):
+    for axes, (model, codec) in zip(row, panels, strict=True):
+      for arm, (color, marker) in LOOKS.items():
         points = sorted((key[4], np.mean([*values.values()])) for key, values in losses.items()
                         if key[:4] == (model, codec, rotation, arm))
         if points:
-          axes.plot(*zip(*points, strict=True), color=color, marker=marker, linestyle=style, markersize=5,
-                    markerfacecolor=color if rotation == "none" else "white", linewidth=1.3,
-                    label=arm + BASES[rotation])
-    axes.set_title(f"{model}, {codec.partition('(')[0]}")
-    axes.set(yscale="log", ylabel="nats per token above full precision", xlabel="bits per weight: codes, widths, order")
-    _plain_numbers(axes)
-    axes.legend(fontsize=7.5)
+          shown[arm], = axes.plot(*zip(*points, strict=True), color=color, marker=marker, markersize=5, linewidth=1.3)
+      axes.set_title(f"{model}, {codec.partition('(')[0]}{BASES[rotation]}")
+      axes.set(yscale="log", ylabel="nats per token above full precision")
+      _plain_numbers(axes)
+  for axes in grid[-1]:
+    axes.set_xlabel("bits per weight: codes, widths, order")
+  arms = [arm for arm in LOOKS if arm in shown]
+  fig.legend([shown[arm] for arm in arms], arms, loc="outside lower center", ncols=len(arms))
   return fig
 
 
