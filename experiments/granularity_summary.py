@@ -101,7 +101,7 @@ def summarise(directory: Path) -> None:
 
 
 def loss_figure(losses: Losses) -> figure.Figure:
-  """Loss against effective bits, the mean of calibration sets: a column for each model and codec, a row for each basis."""
+  """Loss against effective bits, the mean of calibration sets: a column for each model and codec, a row for a basis."""
   panels = sorted({key[:2] for key in losses if key[3] in LOOKS})
   bases = [rotation for rotation in BASES if any(key[2] == rotation for key in losses)]
   fig = figure.Figure(figsize=(4.4 * len(panels), 3.3 * len(bases) + 0.7), layout="constrained")
