@@ -9,7 +9,7 @@ the ratio is the median of the rounds' ratios, so that other load on the machine
 import functools
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +19,7 @@ import numpy as np
 from rich import console as rich_console
 from rich import table as rich_table
 
-from moeq_jax import kernels, progress, qtensor
+from moeq_jax import channels, kernels, progress, qtensor
 from moeq_jax.encode import neurons
 from moeq_jax.kernels import cpu_int8, shapes
 from moeq_jax.qtensor import QTensor
@@ -43,13 +43,14 @@ class Routed(NamedTuple):
   group_sizes: jax.Array
 
 
-def run(rounds: int = 15, shape: str = "", blocks: str | int = "128,64", order: str = "shuffled") -> dict[str, Any]:
+def run(rounds: int = 15, shape: str = "", blocks: Sequence[int] | int = (128, 64),
+        order: str = "shuffled") -> dict[str, Any]:
   """Milliseconds of products and of whole feed-forward blocks, and how much longer they take from widths per block.
 
   Args:
     rounds: least number of timed pairs of calls, after one that compiles; as many as fit into half a second are made.
     shape: one of `LAYERS`; all of them by default.
-    blocks: neurons of a block, some of `encode.neurons.BLOCKS`.
+    blocks: neurons of a block, some of `channels.BLOCKS`.
     order: of an expert's blocks: `"shuffled"`, or `"sorted"`, the widest first.
 
   Returns:
@@ -59,9 +60,9 @@ def run(rounds: int = 15, shape: str = "", blocks: str | int = "128,64", order: 
   Raises:
     ValueError: no such shape, block size or order, or a device that is not a CPU.
   """
-  sizes = [int(block) for block in str(blocks).split(",") if block.strip().isdigit()]
-  if shape not in ("", *LAYERS) or order not in ORDERS or not sizes or not set(sizes) <= set(neurons.BLOCKS):
-    raise ValueError(f"bench blocks: shape={shape!r} of {list(LAYERS)}, blocks={blocks!r} of {neurons.BLOCKS},"
+  sizes = [blocks] if isinstance(blocks, int) else list(blocks)
+  if shape not in ("", *LAYERS) or order not in ORDERS or not sizes or not set(sizes) <= set(channels.BLOCKS):
+    raise ValueError(f"bench blocks: shape={shape!r} of {list(LAYERS)}, blocks={blocks!r} of {channels.BLOCKS},"
                      f" order={order!r} of {ORDERS}")
   if (device := jax.default_backend()) != "cpu":
     raise ValueError(f"bench blocks: it is for CPUs, and the device is a {device}; set JAX_PLATFORMS=cpu")

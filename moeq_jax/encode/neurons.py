@@ -19,8 +19,6 @@ import numpy as np
 
 from moeq_jax import artifacts, channels, codecs, qtensor
 
-BLOCKS = channels.BLOCKS
-
 
 def sort_experts(experts: Mapping[str, Any], orders: np.ndarray) -> dict[str, np.ndarray]:
   """The experts of a layer with their neurons in another order; they compute the same.
@@ -55,10 +53,10 @@ def down_block(block: int, group: int) -> int:
   """Rows of down that have one width: a block of neurons, but at least a scale group.
 
   Raises:
-    ValueError: a block that is not in `BLOCKS`, or no scale group of its own for blocks (`group = 0`).
+    ValueError: a block that is not in `channels.BLOCKS`, or no scale group of its own for blocks (`group = 0`).
   """
-  if block not in BLOCKS:
-    raise ValueError(f"block={block!r} is not one of {BLOCKS} neurons")
+  if block not in channels.BLOCKS:
+    raise ValueError(f"block={block!r} is not one of {channels.BLOCKS} neurons")
   if not group:
     raise ValueError("group=0: one scale over all rows of down leaves its blocks without scales of their own; take"
                      " group=32, 64 or 128")

@@ -38,7 +38,7 @@ def resolved(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   neurons.down_block(block, 128)
   if spec.name != "knapsack":
     raise ValueError(f"config.block={block}: {spec.name} gives one width to an expert; only the knapsack has blocks,"
-                     " for example --config.method='knapsack(router_grad_error)'")
+                     " for example --config.method='knapsack(fisher_error)'")
   if spec.kwargs.get("block", block) != block:
     raise ValueError(f"config.block={block}, and config.method={config.method}: name one block")
   changed = ml_collections.ConfigDict(config.to_dict(), convert_dict=True)

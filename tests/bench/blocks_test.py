@@ -1,5 +1,6 @@
 """`bench blocks`: both sides have equal bytes, ratios are those of pairs, and what it is not made for is refused."""
 
+import ast
 import json
 
 import numpy as np
@@ -37,6 +38,14 @@ def test_every_expert_has_blocks_of_every_width(order: str):
     assert (order == "sorted") == (np.diff(bits, axis=1) < 0).all()
     assert of_experts[name].blocks == (4, 1, 1)
     assert qtensor.nominal_bits(blocked) == qtensor.nominal_bits(of_experts[name]) == 2.5
+
+
+def test_block_sizes_are_those_of_the_command_line(monkeypatch):
+  monkeypatch.setattr(blocks, "LAYERS", {"small": SMALL})
+  monkeypatch.setattr(blocks, "ROWS", (40,))
+  monkeypatch.setattr(blocks, "LEAST_SECONDS", 0.0)
+  found = blocks.run(rounds=1, blocks=ast.literal_eval("64,32"))  # as options are read
+  assert [row["block"] for row in found["results"]] == [64] * 3 + [32] * 3
 
 
 def test_rows_in_8_bits_are_for_few():
