@@ -94,7 +94,7 @@ def main() -> None:
   exact = x.dtype == jnp.float32
   _, k_blocks, stripes = view.bits.shape
   config = pallas_gpu.heuristic((3 if exact else 1) * job["rows"], shape[0], k_blocks * view.block_steps,
-                                stripes * view.tiles, exact)
+                                stripes * view.tiles, exact, view.tiles)
   print("\n" + json.dumps(vars(config)), flush=True)
 
 

@@ -1,7 +1,7 @@
 """Other grouped matmuls on a Hopper GPU, each optional: what is not installed or fails is named, with the reason.
 
-Those of torch and Humming run in a process of their own, which shares nothing with jax but the problem. The adapter for
-Humming follows its published interface; like all of this module it has not run on hardware yet.
+Those of torch and Humming run in a process of their own, which shares nothing with jax but the problem. Humming
+compiles for every shape and width when it is first called, which takes most of the timeout.
 """
 
 import functools

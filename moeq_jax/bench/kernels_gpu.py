@@ -1,22 +1,27 @@
 """The grouped matmul on a Hopper GPU: ceilings, correctness, then a table over shapes, widths and peers, in one call.
 
-A timed program makes eight calls, each with rows and weights of its own, so that the host's work between calls is not
-measured, and the L2 cache is overwritten before it, so that no weights are found there. Data is random, since zeros
-draw less power and run at higher clocks. The roofline of a row is its bytes (packed weights and scales of experts with
-rows, rows in, rows out) at the copy bandwidth measured at the start, or its products at the matmul rate measured there,
-whichever takes longer.
+A timed program makes eight calls, each with rows and weights of its own, and the L2 cache is overwritten before it, so
+that no weights are found there. Two times are taken: `seconds` by the host's clock, with what the host does between
+launches, and `device_seconds`, the sum of the durations of all device activities of a call in jax's profile, which is
+what a peer's replayed CUDA graph takes. Data is random, since zeros draw less power and run at higher clocks. The
+roofline of a row is its bytes (packed weights and scales of experts with rows, rows in, rows out) at the copy bandwidth
+measured at the start, or its products at the matmul rate measured there, whichever takes longer; its share is that of
+`device_seconds`.
 
 All mixes of widths are run by one compiled program: their buffers have the length that the widest needs. Every row is
 printed as soon as it is measured, so that a call that is cut off loses nothing.
 """
 
+import collections
 import dataclasses
 import functools
 import importlib.metadata
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -116,14 +121,43 @@ def batched(run: Callable[..., jax.Array]) -> Callable[..., list[jax.Array]]:
   return jax.jit(lambda xs, ws, sizes: [inner(x, w, sizes) for x, w in zip(xs, ws, strict=True)])
 
 
+def device_seconds(batch: Callable[[], Any], repeats: int = 5) -> tuple[float, float] | None:
+  """Median over `repeats` of the device time of a call of `batch()`: all its activities, and its longest kernel alone.
+
+  None where the profile holds no device.
+  """
+  flush = jax.jit(lambda a: a ^ jnp.uint8(1))
+  filled = jnp.zeros(FLUSHED_BYTES, jnp.uint8)
+  found = []
+  for _ in range(repeats):
+    filled = jax.block_until_ready(flush(filled))
+    with tempfile.TemporaryDirectory() as directory:
+      with jax.profiler.trace(directory):
+        jax.block_until_ready(batch())
+      profile = jax.profiler.ProfileData.from_file(str(next(Path(directory).glob("**/*.xplane.pb"))))
+    taken = collections.Counter()
+    for plane in profile.planes:
+      if plane.name.startswith("/device:"):
+        for line in plane.lines:
+          if line.name.startswith("Stream"):
+            for event in line.events:
+              taken[event.name] += event.duration_ns / 1e9 / CALLS
+    if not taken:
+      return None
+    found.append((sum(taken.values()), max(taken.values())))
+  return tuple(statistics.median(column) for column in zip(*found, strict=True))
+
+
 def _ceilings(repeats: int) -> dict[str, float]:
-  """Copy bandwidth (read and written bytes) and rate of a square bfloat16 matmul."""
-  data = jnp.ones((1 << 28,), jnp.uint32)
-  copy = jax.jit(lambda a: a ^ jnp.uint32(1))
-  a, b = (jax.random.normal(jax.random.key(seed), (8192, 8192), jnp.bfloat16) for seed in (0, 1))
-  matmul = jax.jit(jnp.dot)
-  return {"copy_bytes_per_second": 2 * data.nbytes / seconds(lambda: copy(data), repeats, 1),
-          "bfloat16_flops_per_second": 2 * 8192**3 / seconds(lambda: [matmul(a, b) for _ in range(CALLS)], repeats)}
+  """Copy bandwidth (read and written bytes) and rate of a square bfloat16 matmul; one program makes all calls."""
+  data = [jnp.full((1 << 26,), n, jnp.uint32) for n in range(CALLS)]
+  copies = jax.jit(lambda arrays: [a ^ jnp.uint32(1) for a in arrays])
+  square = lambda seed: jax.random.normal(jax.random.key(seed), (8192, 8192), jnp.bfloat16)  # noqa: E731
+  xs, ys = ([square(2 * seed + side) for seed in range(CALLS)] for side in (0, 1))
+  matmuls = jax.jit(lambda xs, ys: [jnp.dot(x, y) for x, y in zip(xs, ys, strict=True)])
+  taken = [(device_seconds(batch) or [seconds(batch, repeats)])[0]
+           for batch in (lambda: copies(data), lambda: matmuls(xs, ys))]
+  return {"copy_bytes_per_second": 2 * data[0].nbytes / taken[0], "bfloat16_flops_per_second": 2 * 8192**3 / taken[1]}
 
 
 def weights(shape: tuple[int, int, int], bits: Sequence[int], seed: int, capacity: int = 0) -> QTensor:
@@ -193,23 +227,25 @@ def _case(
   xs = [jax.random.normal(jax.random.key(seed), (rows, shape[1]), jnp.bfloat16) for seed in range(CALLS)]
   device_sizes = jnp.asarray(sizes)
 
-  def row(kind: str, mix: str, taken: float) -> dict[str, Any]:
+  def row(kind: str, mix: str, taken: float, device: tuple[float, float] | None = None) -> dict[str, Any]:
     moved = moved_bytes(_widths(mix, shape[0]), shape, sizes)
-    return {"layer": name, "tokens": count, "rows": rows, "kernel": kind, "bits": mix, "seconds": taken, "bytes": moved,
-            "flops": 2 * rows * shape[1] * shape[2]}
+    on_device = {} if device is None else {"device_seconds": device[0], "kernel_seconds": device[1]}
+    return {"layer": name, "tokens": count, "rows": rows, "kernel": kind, "bits": mix, "seconds": taken, **on_device,
+            "bytes": moved, "flops": 2 * rows * shape[1] * shape[2]}
 
   run = batched(functools.partial(pallas_gpu.forward, out_dtype=jnp.dtype(jnp.bfloat16)))
   for mix in mixes:
     made = [jax.jit(pallas_gpu.prepare)(weights(shape, MIXES[mix], seed, capacity(shape, mixes)))
             for seed in range(CALLS)]
-    yield row("pallas_gpu", mix, seconds(lambda made=made: run(xs, made, device_sizes), repeats))
+    batch = functools.partial(run, xs, made, device_sizes)
+    yield row("pallas_gpu", mix, seconds(batch, repeats), device_seconds(batch))
   if not peers:
     return
   dense = [jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16) for seed in range(CALLS)]
   for peer, call in _hopper_peers.jax_peers(skipped).items():
     try:
-      program = batched(call)
-      yield row(peer, "16", seconds(lambda program=program: program(xs, dense, device_sizes), repeats))
+      batch = functools.partial(batched(call), xs, dense, device_sizes)
+      yield row(peer, "16", seconds(batch, repeats), device_seconds(batch))
     except Exception as error:  # a peer that fails is reported, and the table goes on
       skipped[peer] = f"{name}, {count} tokens: {type(error).__name__}: {str(error)[:200]}"
   plans = {mix: _widths(mix, shape[0]).tolist() for mix in mixes}
@@ -226,9 +262,9 @@ def _against(row: dict[str, Any], ceilings: dict[str, float]) -> dict[str, Any]:
   """The row with its rates, and the share of the roofline that it reaches."""
   by_bytes = row["bytes"] / ceilings["copy_bytes_per_second"]
   by_products = row["flops"] / ceilings["bfloat16_flops_per_second"]
-  return {**row, "bytes_per_second": row["bytes"] / row["seconds"], "flops_per_second": row["flops"] / row["seconds"],
-          "roofline_seconds": max(by_bytes, by_products),
-          "share_of_roofline": max(by_bytes, by_products) / row["seconds"]}
+  roofline, taken = max(by_bytes, by_products), row.get("device_seconds", row["seconds"])
+  return {**row, "bytes_per_second": row["bytes"] / taken, "flops_per_second": row["flops"] / taken,
+          "roofline_seconds": roofline, "share_of_roofline": roofline / taken}
 
 
 def _show(result: dict[str, Any]) -> None:
@@ -237,10 +273,11 @@ def _show(result: dict[str, Any]) -> None:
     title=f"grouped matmul on {result['machine']['device']}, {result['routing']} routing",
     caption=f"copy {ceilings['copy_bytes_per_second'] / 1e12:.2f} TB/s, bfloat16 matmul "
             f"{ceilings['bfloat16_flops_per_second'] / 1e12:.0f} TFLOP/s; not run: {result['skipped'] or 'none'}")
-  for heading in ("layer", "tokens", "kernel", "bits", "us", "GB/s", "TFLOP/s", "of roofline"):
+  for heading in ("layer", "tokens", "kernel", "bits", "us", "on the device", "GB/s", "TFLOP/s", "of roofline"):
     table.add_column(heading, justify="left" if heading in ("layer", "kernel", "bits") else "right")
   for row in result["results"]:
-    table.add_row(row["layer"], str(row["tokens"]), row["kernel"], row["bits"], f"{row['seconds'] * 1e6:.1f}",
+    microseconds = [f"{row[name] * 1e6:.1f}" if name in row else "" for name in ("seconds", "device_seconds")]
+    table.add_row(row["layer"], str(row["tokens"]), row["kernel"], row["bits"], *microseconds,
                   f"{row['bytes_per_second'] / 1e9:.0f}", f"{row['flops_per_second'] / 1e12:.1f}",
                   f"{row['share_of_roofline']:.0%}")
   rich_console.Console().print(table)

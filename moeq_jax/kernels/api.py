@@ -19,7 +19,6 @@ from moeq_jax.kernels import cpu, cpu_int8, reference, varying
 from moeq_jax.qtensor import QTensor
 
 
-
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["view"], meta_fields=["backend", "shape"])
 @dataclasses.dataclass(frozen=True)
 class Prepared:
@@ -74,7 +73,7 @@ def _late(module: str) -> dict[str, Callable[..., Any]]:
 ACTIVATIONS = ("exact", "int8")
 BACKENDS = {  # in order of preference
   "pallas_tpu": Backend(**_late("pallas_tpu"), proven=False),
-  "pallas_gpu": Backend(**_late("pallas_gpu"), proven=False),
+  "pallas_gpu": Backend(**_late("pallas_gpu")),
   "cpu": Backend(cpu.supports, cpu.forward, cpu.backward, cpu.gated),
   "cpu_int8": Backend(cpu_int8.supports, cpu_int8.forward, cpu_int8.backward, cpu_int8.gated, "int8"),
   "reference": Backend(reference.supports, reference.forward, reference.backward),

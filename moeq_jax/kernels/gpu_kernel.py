@@ -1,8 +1,9 @@
 """The Mosaic GPU kernel: tasks of rows times tiles of 128 columns, weights in registers, rows as N of wgmma.
 
-One block of 384 threads computes one task (at most `rows` rows of one expert) for one tile of 128 columns and one part
-of K. A copying warpgroup keeps three rings of shared memory filled by TMA: packed weights, rows of x, and scales with
-their zeros. Two computing warpgroups take 64 columns each: they read packed bytes into registers, mask fields out
+A piece of work is one task (at most `rows` rows of one expert) for one or two tiles of 128 columns and one part of K. A
+block computes one piece after the other, and copies for the next begin while one is computed. A copying warpgroup keeps
+three rings of shared memory filled by TMA: packed weights, rows of x, and scales with their zeros. Computing
+warpgroups, two per tile, take 64 columns each: they read packed bytes into registers, make codes of them
 (`gpu_unpack.py`), and multiply them as register operand A of wgmma with the rows of x as B, so few rows waste nothing
 (weights are M, rows are N: the "swap" of operands known from mixed-input kernels for Hopper).
 
@@ -25,12 +26,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from moeq_jax.kernels import gpu_unpack
+from moeq_jax.kernels import gpu_compute, gpu_unpack
+from moeq_jax.kernels.gpu_compute import HALF
 from moeq_jax.kernels.gpu_view import COLUMNS, EIGHTHS, HopperWeights
 
-CONSUMERS = 2  # warpgroups that compute; one more copies
-HALF = COLUMNS // CONSUMERS
-RELEASE = 4  # chunks that are given back at a time, behind one fence
+# registers of a thread that copies and of one that computes, by column tiles of a block
+REGISTERS = {1: (40, 232), 2: (24, 112)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,11 @@ class Config:
     steps: slots of the ring for scales, zeros and sums of rows.
     fragments: slots of the ring for x.
     chunks: slots of the ring for weights, at least 4.
+    sums: products that are under way at a time before they are scaled, for scales after the product.
+    exact: whether the operand is the code itself, for rows of float32; else 128 is added to it, which costs the result
+      a relative 1e-5.
+    blocks: blocks of the launch; each takes one piece of work after the other.
+    tiles: column tiles of a piece of work, 1 or 2 (of one stripe), each with two warpgroups that compute.
     operand: where wgmma takes the weights from: `"registers"`, or `"shared"` memory, which costs a store and a fence
       per fragment and is there because Pallas' interpreter (jax 0.11.2) has no wgmma with a register operand.
   """
@@ -56,6 +62,10 @@ class Config:
   steps: int
   fragments: int
   chunks: int
+  sums: int
+  exact: bool
+  blocks: int
+  tiles: int
   operand: str = "registers"
 
 
@@ -71,14 +81,14 @@ def buffers(w: HopperWeights, config: Config, dtype: Any) -> dict[str, tuple[tup
   """Shape and dtype of every buffer in shared memory, for partial results of `dtype`."""
   needed = {
     "x": ((config.fragments, config.eighths, config.rows, w.width), jnp.bfloat16),
-    "affine": ((config.steps, 2 * w.step_groups, COLUMNS), jnp.bfloat16),
-    "chunks": ((config.chunks, COLUMNS, w.width), jnp.int8),
-    "y": ((COLUMNS, config.rows), dtype),
+    "affine": ((config.steps, config.tiles, 2 * w.step_groups, COLUMNS), jnp.bfloat16),
+    "chunks": ((config.chunks, config.tiles, COLUMNS, w.width), jnp.int8),
+    "y": ((2 * config.tiles, config.rows, HALF), dtype),
   }
   if config.scale == "after":
-    needed["sums"] = (config.steps, EIGHTHS, config.rows), jnp.float32
+    needed["sums"] = (config.steps, EIGHTHS // w.together, config.rows), jnp.float32
   if config.operand == "shared":
-    needed["operand"] = (CONSUMERS, HALF, w.width), jnp.bfloat16
+    needed["operand"] = (2 * config.tiles, HALF, w.width), jnp.bfloat16
   return needed
 
 
@@ -90,15 +100,16 @@ def call(
   Args:
     w: weights.
     config: sizes.
-    expert: `[tasks]` int32, the expert of each task; E or more where there is none.
+    expert: `[tasks + 1]` int32, the expert of each task, those without an expert last; then the number of the others.
     x: `[steps, 8, tasks * rows, width]` bfloat16, see `gpu_view.rows_view`.
-    sums: `[steps, 8, tasks * rows]` float32, the sums of `x` over its last dimension; not read if scaled before.
+    sums: `[steps, 8 / w.together, tasks * rows]` float32, the sums of `x` over its last dimension and, where two
+      eighths are scaled together, over both; not read if scaled before.
     dtype: of the partial results.
 
   Returns:
-    `[splits, tasks, NS * ST * 128, rows]`, uninitialised for tasks without an expert.
+    `[splits, tasks, rows, NS * ST * 128]`, uninitialised for tasks without an expert.
   """
-  tasks, tiles = expert.shape[0], w.bits.shape[2] * w.tiles
+  tasks, tiles, consumers = expert.shape[0] - 1, w.bits.shape[2] * w.tiles, 2 * config.tiles
   swizzled = "x", "chunks", "operand"
   shared = {
     name: plgpu.SMEM(shape, kind, transforms=transforms(w.width, kind) if name in swizzled else ())
@@ -108,101 +119,93 @@ def call(
            "chunk": (1, config.chunks)}
   for name, (copies, slots) in rings.items():
     shared[f"{name}_full"] = plgpu.Barrier(num_arrivals=copies, num_barriers=slots)
-    shared[f"{name}_empty"] = plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=slots)
+    shared[f"{name}_empty"] = plgpu.Barrier(num_arrivals=consumers, num_barriers=slots)
+  blocks = min(config.blocks, tasks * (tiles // config.tiles) * config.splits)
   run = plgpu.kernel(
-    functools.partial(_body, w, config),
-    out_type=jax.ShapeDtypeStruct((config.splits, tasks, tiles * COLUMNS, config.rows), dtype),
-    grid=(tiles, tasks, config.splits),
-    grid_names=("tile", "task", "split"),
-    num_threads=CONSUMERS + 1,
+    functools.partial(_body, w, config, blocks),
+    out_type=jax.ShapeDtypeStruct((config.splits, tasks, config.rows, tiles * COLUMNS), dtype),
+    grid=(blocks,),
+    grid_names=("block",),
+    num_threads=consumers + 1,
     thread_name="warpgroup",
     scratch_types=shared,
   )
   return run(expert, w.bits.reshape(-1), w.first.reshape(-1), x, sums, w.affine, w.chunks)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Block:
-  """What both kinds of warpgroup know: the static sizes, the shared buffers, and the place of this block."""
-
-  w: HopperWeights
-  config: Config
-  shared: dict[str, Any]
-  index: jax.Array
-  tile: jax.Array
-  rows: Any
-
-  def slot(self, ring: str, count: jax.Array) -> jax.Array:
-    return lax.rem(count, jnp.int32(self.shared[ring + "_full"].shape[0]))
-
-  def filled(self, ring: str, count: jax.Array) -> jax.Array:
-    """Waits until slot `count` of a ring is filled and gives its index."""
-    slot = self.slot(ring, count)
-    plgpu.barrier_wait(self.shared[ring + "_full"].at[slot])
-    return slot
-
-  def emptied(self, ring: str, count: jax.Array) -> jax.Array:
-    """Waits until slot `count` of a ring may be filled and gives its index."""
-    slot, empty = self.slot(ring, count), self.shared[ring + "_empty"]
-
-    @pl.when(count >= empty.shape[0])
-    def _():
-      plgpu.barrier_wait(empty.at[slot])
-
-    return slot
-
-  def release(self, ring: str, slot: jax.Array) -> None:
-    plgpu.barrier_arrive(self.shared[ring + "_empty"].at[slot])
-
-  def drain(self, ring: str, count: jax.Array) -> None:
-    """Waits until all slots of a ring that was filled `count` times are empty."""
-    empty = self.shared[ring + "_empty"]
-
-    def wait(index: jax.Array, _: None) -> None:
-      plgpu.barrier_wait(empty.at[self.slot(ring, index)])
-
-    lax.fori_loop(jnp.maximum(count - empty.shape[0], 0), count, wait, None)
-
-
-def _body(w, config, expert, bits, first, x, sums, affine, chunks, out, /, **shared):
-  experts, k_blocks, stripes = w.bits.shape
-  tile, task, split, warpgroup = (lax.axis_index(name) for name in ("tile", "task", "split", "warpgroup"))
-  block = _Block(w, config, shared, expert[task], tile, pl.ds(task * config.rows, config.rows))
+def _body(w, config, blocks, expert, bits, first, x, sums, affine, chunks, out, /, **shared):
+  _, k_blocks, stripes = w.bits.shape
+  tiles, consumers = stripes * w.tiles // config.tiles, 2 * config.tiles
+  block, warpgroup = (lax.axis_index(name) for name in ("block", "warpgroup"))
   total = k_blocks * w.block_steps
-  start, stop = (lax.div((split + more) * total, jnp.int32(config.splits)) for more in (0, 1))
+  items = expert[expert.shape[0] - 1] * (config.splits * tiles)
 
-  def over_blocks(run: Callable[..., Any], carry: Any) -> Any:
+  def over_items(run: Callable[..., Any], carry: Any) -> Any:
+    """Calls `run(item, carry)` for every piece of work of this block: column tiles first, then parts of K, tasks."""
+
+    def one(index: jax.Array, carry: Any) -> Any:
+      place = block + index * blocks
+      outer = lax.div(place, jnp.int32(tiles))
+      task, split = lax.div(outer, jnp.int32(config.splits)), lax.rem(outer, jnp.int32(config.splits))
+      rows = pl.ds(task * config.rows, config.rows)
+      tile = lax.rem(place, jnp.int32(tiles)) * config.tiles
+      item = gpu_compute.Item(w, config, shared, expert[task], tile, task, split, rows)
+      return run(item, carry)
+
+    return lax.fori_loop(0, lax.div(items - block + blocks - 1, jnp.int32(blocks)), one, carry)
+
+  def over_blocks(item: gpu_compute.Item, run: Callable[..., Any], carry: Any) -> Any:
     """Calls `run(bits, first chunk, first step of the K-block, first and last step inside it, carry)`."""
+    start, stop = (lax.div((item.split + more) * total, jnp.int32(config.splits)) for more in (0, 1))
 
     def one(k: jax.Array, carry: Any) -> Any:
-      place = (block.index * k_blocks + k) * stripes + lax.div(tile, jnp.int32(w.tiles))
+      place = (item.index * k_blocks + k) * stripes + lax.div(item.tile, jnp.int32(w.tiles))
       base = k * w.block_steps
       low, high = (jnp.clip(edge - base, 0, w.block_steps) for edge in (start, stop))
       return run(bits[place], first[place], base, low, high, carry)
 
     return lax.fori_loop(0, k_blocks, one, carry)
 
-  @pl.when(block.index < experts)
+  @pl.when(warpgroup == consumers)
   def _():
-    @pl.when(warpgroup == CONSUMERS)
-    def _():
-      plgpu.set_max_registers(40, action="decrease")
-      copy = functools.partial(_copy_block, block, x, sums, affine.at[tile], chunks)
-      for ring, count in zip(("step", "x", "chunk"), over_blocks(copy, (jnp.int32(0),) * 3), strict=True):
-        block.drain(ring, count)
+    plgpu.set_max_registers(REGISTERS[config.tiles][0], action="decrease")
 
-    @pl.when(warpgroup < CONSUMERS)
-    def _():
-      plgpu.set_max_registers(232, action="increase")
+    def copy(item: gpu_compute.Item, counts: Any) -> Any:
+      return over_blocks(item, functools.partial(_copy_block, item, x, sums, affine, chunks), counts)
+
+    counts = over_items(copy, (jnp.int32(0),) * 3)
+    for ring, count in zip(("step", "x", "chunk"), counts, strict=True):
+      _drain(shared[ring + "_empty"], count)
+
+  @pl.when(warpgroup < consumers)
+  def _():
+    plgpu.set_max_registers(REGISTERS[config.tiles][1], action="increase")
+    half = lax.rem(warpgroup, jnp.int32(2)) * HALF
+    mine = gpu_compute.Columns(lax.div(warpgroup, jnp.int32(2)), pl.ds(half, HALF))
+
+    def compute(item: gpu_compute.Item, counts: Any) -> Any:
       zero = plgpu.layout_cast(jnp.zeros((HALF, config.rows), jnp.float32), plgpu.Layout.WGMMA)
-      mine = pl.ds(warpgroup * HALF, HALF)
-      compute = functools.partial(_compute_block, block, warpgroup, mine)
-      y = over_blocks(compute, (zero, *(jnp.int32(0),) * 3))[0]
-      shared["y"][mine, :] = y.astype(out.dtype)
+      y, *counts = over_blocks(item, functools.partial(gpu_compute.block, item, warpgroup, mine), (zero, *counts))
+      plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the result before this one
+      part = shared["y"].at[warpgroup]
+      gpu_compute.store_transposed(config, part, y.astype(out.dtype))
       plgpu.commit_smem()
-      target = pl.ds(tile * COLUMNS + warpgroup * HALF, HALF)
-      plgpu.copy_smem_to_gmem(shared["y"].at[mine, :], out.at[split, task, target, :])
-      plgpu.wait_smem_to_gmem(0)
+      target = pl.ds(item.tile * COLUMNS + warpgroup * HALF, HALF)
+      plgpu.copy_smem_to_gmem(part, out.at[item.split, item.task, :, target])
+      return tuple(counts)
+
+    over_items(compute, (jnp.int32(0),) * 3)
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _drain(empty: Any, count: jax.Array) -> None:
+  """Waits until all slots of a ring that was filled `count` times are empty."""
+  slots = empty.shape[0]
+
+  def wait(index: jax.Array, _: None) -> None:
+    plgpu.barrier_wait(empty.at[lax.rem(index, jnp.int32(slots))])
+
+  lax.fori_loop(jnp.maximum(count - slots, 0), count, wait, None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -210,35 +213,36 @@ def _body(w, config, expert, bits, first, x, sums, affine, chunks, out, /, **sha
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _copy_block(block, x, sums, affine, chunks, bits, first, base, low, high, counts):
+def _copy_block(item, x, sums, affine, chunks, bits, first, base, low, high, counts):
   """Fills the rings for the steps `low` to `high` of one K-block, in the order in which they will be emptied."""
-  w, config, shared = block.w, block.config, block.shared
-  column = lax.rem(block.tile, jnp.int32(w.tiles))
+  w, config, shared = item.w, item.config, item.shared
+  column = pl.ds(lax.rem(item.tile, jnp.int32(w.tiles)), config.tiles)
+  affine = affine.at[pl.ds(item.tile, config.tiles)]
 
   def copy_x(step: jax.Array, eighth: int | jax.Array, count: jax.Array) -> jax.Array:
-    slot = block.emptied("x", count)
-    source = x.at[step, pl.ds(eighth, config.eighths), block.rows, :]
+    slot = item.emptied("x", count)
+    source = x.at[step, pl.ds(eighth, config.eighths), item.rows, :]
     plgpu.copy_gmem_to_smem(source, shared["x"].at[slot], shared["x_full"].at[slot])
     return count + 1
 
   def one_step(u: jax.Array, counts: Any) -> Any:
     step_count, x_count, chunk_count = counts
-    slot = block.emptied("step", step_count)
+    slot = item.emptied("step", step_count)
     full = shared["step_full"].at[slot]
     k_tile, fragment = lax.div(u, jnp.int32(w.fragments)), lax.rem(u, jnp.int32(w.fragments))
-    group = block.index * w.groups
+    group = item.index * w.groups
     if w.grouped:
       group += (lax.div(base, jnp.int32(w.fragments)) + k_tile) * w.step_groups
-    plgpu.copy_gmem_to_smem(affine.at[pl.ds(2 * group, 2 * w.step_groups), :], shared["affine"].at[slot], full)
+    plgpu.copy_gmem_to_smem(affine.at[:, pl.ds(2 * group, 2 * w.step_groups), :], shared["affine"].at[slot], full)
     if config.scale == "after":
-      plgpu.copy_gmem_to_smem(sums.at[base + u, :, block.rows], shared["sums"].at[slot], full)
+      plgpu.copy_gmem_to_smem(sums.at[base + u, :, item.rows], shared["sums"].at[slot], full)
     if config.eighths == EIGHTHS:
       x_count = copy_x(base + u, 0, x_count)
     origin = first + k_tile * bits * w.fragments + fragment
 
     def one_chunk(index: jax.Array, carry: Any) -> Any:
       x_count, chunk_count, done = carry
-      place = block.emptied("chunk", chunk_count)
+      place = item.emptied("chunk", chunk_count)
       source = chunks.at[column, origin + gpu_unpack.plane(bits, index) * w.fragments]
       plgpu.copy_gmem_to_smem(source, shared["chunks"].at[place], shared["chunk_full"].at[place])
       ready = done + gpu_unpack.ready(bits, index)
@@ -251,120 +255,3 @@ def _copy_block(block, x, sums, affine, chunks, bits, first, base, low, high, co
     return step_count + 1, x_count, chunk_count
 
   return lax.fori_loop(low, high, one_step, counts)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The computing warpgroups
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _compute_block(block, warpgroup, mine, bits, first, base, low, high, carry):
-  """One branch per width, each with its own loop over the steps of a K-block."""
-  del first, base
-  widths = block.w.widths
-  choice = sum((bits > b).astype(jnp.int32) for b in widths[:-1])
-  branches = [functools.partial(_compute_steps, block, warpgroup, mine, b, low, high) for b in widths]
-  return lax.switch(choice, branches, carry)
-
-
-def _compute_steps(block, warpgroup, mine, bits, low, high, carry):
-  """Adds the steps `low` to `high` of one K-block of width `bits` to `y [64, rows]` float32, in the WGMMA layout."""
-  y, *counts = carry
-  shape = HALF, block.config.rows
-  if block.config.scale == "after":
-    step = functools.partial(_step, block, warpgroup, mine, bits, None)
-    return lax.fori_loop(low, high, step, carry)
-
-  def scope(acc: Any) -> Any:
-    step = functools.partial(_step, block, warpgroup, mine, bits, acc)
-    counts_after = lax.fori_loop(low, high, lambda u, counts: step(u, (None, *counts))[1:], tuple(counts))
-    return acc[...], counts_after
-
-  part, counts = pl.run_scoped(scope, plgpu.ACC(shape, jnp.float32))
-  return y + part, *counts
-
-
-def _step(block, warpgroup, mine, bits, acc, u, carry):
-  """All eight fragments of a step, in the order of the chunks that hold them."""
-  shared, config = block.shared, block.config
-  y, step_count, x_count, chunk_count = carry
-  slot = block.filled("step", step_count)
-  if config.eighths == EIGHTHS:
-    x_slot = block.filled("x", x_count)
-  read, taken = {}, []
-  for index in range(bits):
-    place = block.filled("chunk", chunk_count + index)
-    taken.append(place)
-    read[gpu_unpack.plane(bits, index)] = plgpu.load(
-      shared["chunks"].at[place, mine], layout=plgpu.Layout.WGMMA_UPCAST_2X)
-    for unit in gpu_unpack.units(bits, index, read):
-      if config.eighths == 1:
-        x_slot = block.filled("x", x_count)
-      x = shared["x"].at[x_slot, unit.eighth if config.eighths == EIGHTHS else 0]
-      affine = None if bits == 16 else _affine(block, slot, mine, u, unit)
-      if acc is None:
-        y = y + _scaled_after(block, warpgroup, slot, unit, affine, x)
-      else:
-        _multiply(block, warpgroup, _scaled_before(block, unit, affine), x, acc)
-      if config.eighths == 1:
-        block.release("x", x_slot)
-        x_count += 1
-    if len(taken) == RELEASE or index == bits - 1:
-      plgpu.commit_smem()  # what was read here comes before what the next copy writes there
-      for place in taken:
-        block.release("chunk", place)
-      taken = []
-  block.release("step", slot)
-  if config.eighths == EIGHTHS:
-    block.release("x", x_slot)
-    x_count += 1
-  return y, step_count + 1, x_count, chunk_count + bits
-
-
-def _multiply(block, warpgroup, operand, x, acc):
-  """`acc [64, rows] += operand [64, width] @ x [rows, width]^T`."""
-  if block.config.operand == "shared":
-    place = block.shared["operand"].at[warpgroup]
-    place[...] = operand
-    plgpu.commit_smem()
-    operand = place
-  plgpu.wgmma(acc, operand, x.T)
-  plgpu.wgmma_wait(0)  # before the registers of the operand are written again
-
-
-def _affine(block, slot, mine, u, unit):
-  """Scale and zero of the group of a unit, `[64]` bfloat16 each."""
-  w, group = block.w, 0
-  if w.grouped:
-    row = unit.eighth * w.eighth
-    inside = lax.rem(u, jnp.int32(w.fragments)) * w.width
-    group = row // w.group if w.fragments == 1 else lax.div(row + inside, jnp.int32(w.group))
-  refs = (block.shared["affine"].at[slot, 2 * group + which, mine] for which in (0, 1))
-  return [plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1)) for ref in refs]
-
-
-def _scaled_after(block, warpgroup, slot, unit, affine, x):
-  """`[64, rows]` float32: `scale * (multiplier * product - (zero - offset) * sums)`, or the product of weights."""
-  shape = HALF, block.config.rows
-
-  def scope(acc: Any) -> jax.Array:
-    _multiply(block, warpgroup, unit.operand, x, acc)
-    return acc[...]
-
-  part = pl.run_scoped(scope, plgpu.ACC(shape, jnp.float32))
-  if affine is None:
-    return part
-  scale, zero = (lax.broadcast_in_dim(a.astype(jnp.float32), shape, (0,)) for a in affine)
-  sums = plgpu.load(block.shared["sums"].at[slot, unit.eighth], layout=plgpu.Layout.WGMMA.reduce(0))
-  sums = lax.broadcast_in_dim(sums, shape, (1,))
-  return scale * (part * unit.multiplier - (zero - unit.offset) * sums)
-
-
-def _scaled_before(block, unit, affine):
-  """`[64, width]` bfloat16 weights `(multiplier * operand + (offset - zero)) * scale`."""
-  if affine is None:
-    return unit.operand
-  shape = HALF, block.w.width
-  scale, zero = (lax.broadcast_in_dim(a, shape, (0,)) for a in affine)
-  codes = unit.operand * jnp.bfloat16(unit.multiplier)
-  return (codes - (zero - jnp.bfloat16(unit.offset))) * scale

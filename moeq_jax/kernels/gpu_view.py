@@ -8,18 +8,20 @@ planes 0 and 1 are the 2-bit tile, plane 2 the 1-bit tile. 16 bits: plane i hold
 
 An eighth of more than 64 rows, or of more than a group, is cut into fragments of `width` rows, and a step covers one
 fragment of each eighth. A *chunk* is one fragment of one plane for 128 columns, `[128, width]` bytes with K innermost:
-contiguous in memory, the unit of a copy to shared memory, and the register operand of two wgmma of 64 columns.
+contiguous in memory, the unit of a copy to shared memory, and the register operand of two wgmma of 64 columns. Inside
+each 16 bytes the order is the one that `gpu_unpack` needs.
 """
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from moeq_jax import qtensor
+from moeq_jax.kernels import gpu_unpack
 from moeq_jax.qtensor import QTensor
 
 COLUMNS = 128  # of a chunk: 64 per warpgroup, two warpgroups
@@ -80,6 +82,11 @@ class HopperWeights:
   def fragments(self) -> int:
     """Fragments of an eighth."""
     return max(1, self.eighth // self.width)
+
+  @property
+  def together(self) -> int:
+    """Neighbouring eighths of a step that have one scale: 2, or 1."""
+    return 2 if not self.grouped or (self.fragments == 1 and self.group % (2 * self.eighth) == 0) else 1
 
   @property
   def step_groups(self) -> int:
@@ -143,7 +150,8 @@ def prepare(q: QTensor) -> HopperWeights:
   real, tiles = min(width, eighth), -(-stripe // COLUMNS)
   buffer = jnp.pad(q.buffer[0], ((0, -rows % real), (0, tiles * COLUMNS - stripe)))
   chunks = buffer.reshape(-1, real, tiles, COLUMNS).transpose(2, 0, 3, 1)
-  chunks = lax.bitcast_convert_type(jnp.pad(chunks, ((0, 0),) * 3 + ((0, width - real),)), jnp.int8)
+  chunks = gpu_unpack.permuted(jnp.pad(chunks, ((0, 0),) * 3 + ((0, width - real),)))
+  chunks = lax.bitcast_convert_type(chunks, jnp.int8)
   groups = k_blocks * q.k_block // q.group if grouped else 1
   affine = jnp.stack([q.scale, q.zero], 2)  # [E, G, 2, N]
   missing = groups - affine.shape[1], stripes * stripe - q.N
@@ -154,6 +162,46 @@ def prepare(q: QTensor) -> HopperWeights:
   first = q.offset // real
   return HopperWeights(chunks, affine, jnp.asarray(q.bits), first, (experts, q.K, q.N), stripe,
                        q.group if grouped else q.K, q.k_tile, q.k_block)
+
+
+class Tasks(NamedTuple):
+  """Which rows meet which expert; `n` is the number of tasks, static.
+
+  Attributes:
+    expert: `[n + 1]` int32, the expert of each task, E for those that are left over, which come last; then the number
+      of the others.
+    rows: `[n, rows]` int32, source row of each row (in range where not valid).
+    valid: `[n, rows]` bool.
+    position: `[T]` int32, where each row stands in the flattened tasks.
+  """
+
+  expert: jax.Array
+  rows: jax.Array
+  valid: jax.Array
+  position: jax.Array
+
+
+def tasks(group_sizes: jax.Array, total: int, rows: int, count: int) -> Tasks:
+  """Cuts `total` rows, sorted into groups of `group_sizes` (`[E]` int32), into `count` tasks of at most `rows` rows.
+
+  Comparisons of everything with everything, and sums over experts: that is three small kernels, where prefix sums and
+  binary searches are thirty.
+  """
+  expert = jnp.arange(group_sizes.shape[0])
+  before = expert[:, None] > expert[None, :]
+  parts = (group_sizes + rows - 1) // rows
+  first_row, first_task = (jnp.sum(before * a[None, :], axis=1) for a in (group_sizes, parts))
+  size, parts, first_row, first_task = (a[None, :] for a in (group_sizes, parts, first_row, first_task))
+  task, row = jnp.arange(count)[:, None], jnp.arange(total)[:, None]
+  past = first_task + parts <= task  # [n, E]: the experts before the task's own
+  here = ~past & (first_task <= task)
+  left = jnp.sum(here * (size - (task - first_task) * rows), axis=1)
+  source = jnp.sum(here * (first_row + (task - first_task) * rows), axis=1)
+  owners = jnp.concatenate([jnp.sum(past, axis=1, dtype=jnp.int32), jnp.sum(parts, axis=1, dtype=jnp.int32)])
+  done = first_row + size <= row  # [T, E]
+  position = row[:, 0] + jnp.sum(done * (parts * rows - size), axis=1)
+  place = jnp.arange(rows)[None, :]
+  return Tasks(owners, jnp.minimum(source[:, None] + place, total - 1), place < left[:, None], position)
 
 
 def rows_view(x: jax.Array, w: HopperWeights) -> jax.Array:

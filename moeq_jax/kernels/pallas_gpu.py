@@ -1,17 +1,17 @@
 """The grouped matmul for Hopper GPUs, in Pallas' Mosaic GPU dialect: packed weights of any mix of widths, one launch.
 
-**Not yet run on hardware.** What stands behind it: Pallas' GPU interpreter with race detection (with the weights as
-shared-memory operand, since the interpreter has no wgmma with a register operand), and compilation to PTX and by ptxas
-for sm_90a without spills. Timings do not exist; sizes in `heuristic` are estimates. docs/kernels.md has the diagrams.
+It runs on an H200, where it passes the suite of all back-ends (tests/gpu), and in Pallas' GPU interpreter with race
+detection, with the weights as shared-memory operand, since the interpreter has no wgmma with a register operand.
+docs/kernels.md has the diagrams, and times beside those of other kernels.
 
 Rows are sorted by expert; each expert's rows are cut into tasks of at most `Config.rows` rows, gathered into a padded
 array, multiplied by `gpu_kernel.call`, and gathered back: a padded row has a place of its own and is never read.
 float32 rows are cut into three bfloat16 parts that sum to them exactly (24 bits of mantissa), which become three rows;
-codes are exact in bfloat16 and scales are applied after the product in float32, so the result is float32 too.
+codes are exact in bfloat16, and scales are applied after the product in float32, so the result is float32 too.
 
-Ideas: weights as the register operand with rows as N of wgmma, tokamax's quantized ragged dot for sm90; masks instead
-of shifts and planar bytes, docs/kernels.md. Plain arrays go through `ragged.py`, and the gradient in x through the
-plain loop of `cpu.py`: both are XLA, on any device.
+Ideas: weights as the register operand with rows as N of wgmma, tokamax's quantized ragged dot for sm90; codes placed
+into the mantissa of a constant, known from kernels for 4 bits; planar bytes, docs/kernels.md. Plain arrays and the
+gradient in x go through the plain loop of `cpu.py`: both are XLA, on any device.
 """
 
 import math
@@ -19,7 +19,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from moeq_jax.kernels import cpu, gpu_kernel, gpu_view, ragged
+from moeq_jax.kernels import cpu, gpu_kernel, gpu_view
 from moeq_jax.kernels.gpu_kernel import Config
 from moeq_jax.kernels.gpu_view import HopperWeights, prepare
 from moeq_jax.qtensor import QTensor
@@ -65,8 +65,10 @@ def _device_kind(device: str) -> str:
     return device
 
 
-def heuristic(rows: int, experts: int, steps: int, tiles: int, exact: bool = False) -> Config:
-  """Sizes of a launch, by estimate: nothing here was tuned on hardware.
+def heuristic(
+  rows: int, experts: int, steps: int, tiles: int, exact: bool = False, stripe_tiles: int = 1
+) -> Config:
+  """Sizes of a launch; a few were compared on an H200, for Mixtral with 16, 64 and 4096 tokens.
 
   Args:
     rows: T.
@@ -74,19 +76,26 @@ def heuristic(rows: int, experts: int, steps: int, tiles: int, exact: bool = Fal
     steps: steps of the kernel along K.
     tiles: tiles of 128 columns.
     exact: whether scales must be applied in float32, after the product.
+    stripe_tiles: tiles of 128 columns in one stripe.
 
-  A task has the rows of an average busy expert, rounded up to a power of two between 8 and 128. Up to 32 rows scales
-  come after the product. K is cut until there are about two blocks per multiprocessor, but never below four steps.
+  A task has the rows of an average busy expert and two standard deviations more, a multiple of 8 up to 128: a second
+  task of an expert reads its weights again. Up to 32 rows scales come after the product. K is cut into as many parts,
+  of two steps or more, as make the last round of blocks fullest.
   """
   busy = min(rows, experts)
-  tile = min(128, max(8, 1 << (-(-rows // busy) - 1).bit_length()))
+  mean = rows / busy
+  tile = min(128, -(-math.ceil(mean + 2 * math.sqrt(mean - 1)) // 8) * 8)
   after = exact or tile <= 32
   tile = min(tile, 64) if after else tile
-  blocks = tiles * max(busy, rows // tile)
-  splits = max(1, min(8, steps // 4, 2 * MULTIPROCESSORS // blocks))
-  few = tile <= 16
+  few = tile <= 24
+  wide = 2 if tile == 8 and stripe_tiles % 2 == 0 else 1
+  pieces = tiles // wide * max(busy, rows // tile)
+  # rounds of blocks, times the steps of one and what a piece costs beside
+  taken = lambda splits: -(-pieces * splits // MULTIPROCESSORS) * (-(-steps // splits) + 0.5)  # noqa: E731
+  splits = min(range(1, max(1, min(8, steps // 2)) + 1), key=taken)
   return Config(rows=tile, splits=splits, scale="after" if after else "before", eighths=8 if few else 1,
-                steps=3, fragments=3 if few else 4, chunks=12 if few else 8)
+                steps=3, fragments=3 if few else 4, chunks=10 if few else 8,
+                sums=4 if few and wide == 1 else 1, exact=exact, blocks=MULTIPROCESSORS, tiles=wide)
 
 
 def shared_bytes(w: HopperWeights, config: Config, dtype: jnp.dtype = jnp.float32) -> int:
@@ -104,6 +113,10 @@ def check(w: HopperWeights, config: Config, dtype: jnp.dtype = jnp.float32) -> N
     (config.scale in ("after", "before"), "scale is 'after' or 'before'"),
     (config.eighths in (1, 8), "eighths are 1 or 8"),
     (config.chunks >= 4 and config.steps >= 1 and config.fragments >= 1, "rings have slots, that of chunks at least 4"),
+    (config.sums >= 1 and (config.eighths == 8 or config.scale == "before" or config.fragments >= 2 * config.sums),
+     "sums are at least 1, and where fragments of x are copied alone there are slots for two of each"),
+    (config.blocks >= 1, "blocks are at least 1"),
+    (config.tiles in (1, 2) and w.tiles % config.tiles == 0, "tiles are 1, or 2 where a stripe has an even number"),
     (config.operand in ("registers", "shared"), "operand is 'registers' or 'shared'"),
     (size <= SHARED_BYTES, f"it needs {size} bytes of shared memory, and a block has {SHARED_BYTES}"),
   ):
@@ -120,7 +133,8 @@ def forward(
     ValueError: packed weights in a layout that `gpu_view.prepare` refuses.
   """
   if not isinstance(w, (QTensor, HopperWeights)):
-    return cpu.forward(x, w, group_sizes, out_dtype)
+    with jax.default_matmul_precision("highest"):  # float32 rows are multiplied in float32, not in TF32
+      return cpu.forward(x, w, group_sizes, out_dtype)
   view = prepare(w) if isinstance(w, QTensor) else w
   if x.dtype == jnp.float32:
     parts = _exact_parts(x).reshape(-1, x.shape[1])
@@ -139,7 +153,8 @@ def backward(
   """
   if isinstance(w, HopperWeights):
     raise TypeError("the gradient in x needs the QTensor: the Hopper view is for inference")
-  return cpu.backward(x, w, group_sizes, dy)
+  with jax.default_matmul_precision("highest"):
+    return cpu.backward(x, w, group_sizes, dy)
 
 
 def _exact_parts(x: jax.Array) -> jax.Array:
@@ -156,16 +171,15 @@ def _exact_parts(x: jax.Array) -> jax.Array:
 def _matmul(x: jax.Array, w: HopperWeights, group_sizes: jax.Array, out_dtype: jnp.dtype, exact: bool) -> jax.Array:
   """`[T, K]` bfloat16 rows -> `[T, N]` in the dtype of the partial results."""
   experts, k_blocks, stripes = w.bits.shape
-  config = heuristic(len(x), experts, k_blocks * w.block_steps, stripes * w.tiles, exact)
-  cut = ragged.tiles(group_sizes, len(x), config.rows)
-  tasks = len(x) // config.rows + min(experts, len(x))  # filled tiles come first, and there are no more than these
-  valid = cut.valid[:tasks]
-  expert = jnp.where(valid.any(1), cut.expert[:tasks], experts)
-  padded = jnp.where(valid[..., None], x[cut.rows[:tasks]], 0).reshape(-1, x.shape[1])
+  config = heuristic(len(x), experts, k_blocks * w.block_steps, stripes * w.tiles, exact, w.tiles)
+  tasks = len(x) // config.rows + min(experts, len(x))
+  cut = gpu_view.tasks(group_sizes, len(x), config.rows, tasks)
+  padded = jnp.where(cut.valid[..., None], x[cut.rows], 0).reshape(-1, x.shape[1])
   fragments = gpu_view.rows_view(padded, w)
-  sums = jnp.sum(fragments, axis=-1, dtype=jnp.float32)
+  scaled = fragments.reshape(len(fragments), -1, w.together, *fragments.shape[2:])
+  sums = jnp.sum(scaled, axis=(2, 4), dtype=jnp.float32)
   partial = jnp.dtype(jnp.float32) if exact or config.splits > 1 or config.scale == "after" else jnp.dtype(out_dtype)
   check(w, config, partial)
-  y = gpu_kernel.call(w, config, expert, fragments, sums, partial)
-  y = (y[0] if config.splits == 1 else y.sum(0)).swapaxes(1, 2).reshape(-1, y.shape[2])
+  y = gpu_kernel.call(w, config, cut.expert, fragments, sums, partial)
+  y = (y[0] if config.splits == 1 else y.sum(0)).reshape(-1, y.shape[3])
   return gpu_view.columns(y[cut.position], w)

@@ -57,15 +57,9 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
   assert not any(races.races_found for races in launches)
 
 
-@pytest.fixture
-def outside_a_kernel(monkeypatch: pytest.MonkeyPatch):
-  """Register layouts mean nothing there, and the cast between them has no evaluation rule."""
-  monkeypatch.setattr(gpu_unpack.plgpu, "layout_cast", lambda x, layout: x)
-
-
 def _small(changed: dict, *args, **kwargs) -> pallas_gpu.Config:
   """The heuristic with small rings and the weights as shared operand, which the interpreter needs."""
-  rings = {"chunks": 5, "steps": 2, "fragments": 2, "operand": "shared"}
+  rings = {"chunks": 5, "steps": 2, "fragments": 2, "sums": 1, "blocks": 2, "operand": "shared"}
   return pallas_gpu.Config(**{**vars(heuristic(*args, **kwargs)), **rings, **changed})
 
 
@@ -117,38 +111,42 @@ def test_interpreted_scales_before_the_product_and_tiles_of_unusual_size(
   assert conformance.difference(_run(x, made.q, sizes), conformance.expected(x, made.values, sizes)) < 6e-3
 
 
-@pytest.mark.usefixtures("outside_a_kernel")
 @pytest.mark.parametrize("bits", qtensor.WIDTHS)
 def test_the_order_of_copies_is_the_order_of_reads(bits: int):
-  traced, done, read = jnp.int32(bits), 0, {}
-  for index in range(bits):
-    assert gpu_unpack.plane(bits, index) == gpu_unpack.plane(traced, jnp.int32(index))
-    read[gpu_unpack.plane(bits, index)] = jnp.zeros((64, 16), jnp.int8)
-    units = gpu_unpack.units(bits, index, read)
-    assert len(units) == gpu_unpack.ready(traced, jnp.int32(index))
-    for unit in units:
-      assert unit.eighth == gpu_unpack.eighth(traced, jnp.int32(done))
+  traced, copied, done = jnp.int32(bits), 0, 0
+  for planes, fields in gpu_unpack.batches(bits):
+    for plane in planes:
+      assert plane == gpu_unpack.plane(bits, copied) == gpu_unpack.plane(traced, jnp.int32(copied))
+      assert gpu_unpack.ready(traced, jnp.int32(copied)) == (len(fields) if plane == planes[-1] else 0)
+      copied += 1
+    for field in fields:
+      assert field.eighth == gpu_unpack.eighth(traced, jnp.int32(done))
+      assert set(field.planes) <= set(planes)
       done += 1
-  assert done == 8
-  assert sorted(gpu_unpack.plane(bits, index) for index in range(bits)) == list(range(bits))
+    # neighbours may be added before they are scaled
+    for one, other in zip(fields[::2], fields[1::2], strict=bits < 16):
+      assert (one.eighth + 1, one.multiplier, one.offset) == (other.eighth, other.multiplier, other.offset)
+  assert (copied, done) == (bits, 8)
 
 
-@pytest.mark.usefixtures("outside_a_kernel")
+@pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("bits", qtensor.WIDTHS)
 @pytest.mark.parametrize(("K", "group", "blocks"), [
   (512, 128, 1), (256, 32, 1), (768, 32, 1), (64, 0, 1), (96, 32, 3), (48, 0, 3)])
-def test_units_are_the_weights(bits: int, K: int, group: int, blocks: int):
+def test_fields_are_the_weights(bits: int, K: int, group: int, blocks: int, exact: bool):
   made = conformance.packed(np.full((1, blocks, 1), bits), (1, K, 128), group=group)
   w = gpu_view.prepare(made.q)
   x = gpu_view.rows_view(jnp.asarray(np.eye(K, dtype=np.float32)), w)
   total = np.zeros((K, 128))
   for block, step in np.ndindex(blocks, w.block_steps):
     origin = int(w.first[0, block, 0]) + step % w.fragments + step // w.fragments * bits * w.fragments
-    planes = {i: w.chunks[0, origin + i * w.fragments] for i in range(bits)}
-    for unit in [unit for index in range(bits) for unit in gpu_unpack.units(bits, index, {
-        k: v for k, v in planes.items() if k in [gpu_unpack.plane(bits, i) for i in range(index + 1)]})]:
-      code = np.asarray(unit.operand, np.float64) * unit.multiplier + unit.offset
-      total += np.asarray(x[block * w.block_steps + step, unit.eighth], np.float64) @ code.T
+    for planes, fields in gpu_unpack.batches(bits):
+      read = {i: w.chunks[0, origin + i * w.fragments] for i in planes}
+      for field in fields:
+        operand = np.asarray(gpu_unpack.in_interpreter(field, read, exact), np.float64)
+        field = gpu_unpack.centred(field) if exact else field
+        code = operand * field.multiplier + field.offset
+        total += np.asarray(x[block * w.block_steps + step, field.eighth], np.float64) @ code.T
   wanted = made.codes[0] if bits < 16 else made.values[0]
   np.testing.assert_array_equal(total, wanted)
 
@@ -167,7 +165,7 @@ def test_the_view_has_the_bytes_of_the_buffer():
 def test_launches_fit_a_multiprocessor(name: str, rows: int, exact: bool):
   for experts, K, N in shapes.LAYERS[name].matmuls().values():
     w = _abstract_view(experts, K, N)
-    config = heuristic(rows, experts, w.bits.shape[1] * w.block_steps, w.bits.shape[2] * w.tiles, exact)
+    config = heuristic(rows, experts, w.bits.shape[1] * w.block_steps, w.bits.shape[2] * w.tiles, exact, w.tiles)
     assert pallas_gpu.shared_bytes(w, config) <= pallas_gpu.SHARED_BYTES - 4096
     assert config.rows % 8 == 0
     assert config.rows <= 256
