@@ -12,6 +12,8 @@ every expert encoded once at each width. Variants take less, separated by commas
   configs/quantize.py:data_free   HQQ and the knapsack on weight error: no text, no tokenizer, no evaluation
   configs/quantize.py:deploy      what transformers opens: one symmetric 4-bit scheme, exported as compressed-tensors
                                   pack-quantized (the grid, `ct`, is chosen before encoding), and dequantized
+  configs/quantize.py:blocks      widths by blocks of 64 neurons, and a score that tells neurons apart: what that brings
+                                  is in docs/channelwise.md; opened by this project only
   configs/quantize.py:smoke       few and short sequences
 
 Fields worth knowing, beside those above:
@@ -39,8 +41,8 @@ from configs import common
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-  """The config; `arg` may hold `data_free`, `deploy` and `smoke`."""
-  arg = common.parse_arg(arg, data_free=False, deploy=False, smoke=False)
+  """The config; `arg` may hold `data_free`, `blocks`, `deploy` and `smoke`."""
+  arg = common.parse_arg(arg, data_free=False, blocks=False, deploy=False, smoke=False)
   config = ml_collections.ConfigDict()
   config.file = "configs/quantize.py"  # the report names it in the command that remakes it
   config.task = "quantize"
@@ -67,10 +69,15 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.calibration = ml_collections.ConfigDict(dict(sequences=64, text="", tokens=""))
   config.evaluation = ml_collections.ConfigDict(dict(sequences=24, text="", tokens=""))
 
+  if arg.blocks:
+    config.update(block=64, method="knapsack(fisher_error)")
   if arg.data_free:
     config.update(method="knapsack(weight_mse)", codec="hqq(group=64)")
     config.evaluation.sequences = 0
   if arg.deploy:
+    if arg.blocks:
+      raise ValueError("configs/quantize.py:blocks,deploy: compressed-tensors has one width for a projection of an"
+                       " expert; take one of the two")
     config.update(method="uniform", codec="rtn(group=128, grid=ct)" if arg.data_free else "gptq(group=128, grid=ct)",
                   widths=(4,), budget=4.0, export=("compressed-tensors", "hf"))
   if arg.smoke:

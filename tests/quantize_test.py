@@ -284,6 +284,11 @@ def test_a_weight_that_is_not_finite_is_named(run: Callable[..., Path], checkpoi
 
 def test_the_config_and_its_variants_load(checkpoint: Path):
   for arg, fields in (("", {}), (":data_free", {"codec": "hqq(group=64)"}), (":deploy", {"widths": (4,)}),
-                      (":deploy,data_free", {"codec": "rtn(group=128, grid=ct)"}), (":smoke", {"length": 64})):
+                      (":deploy,data_free", {"codec": "rtn(group=128, grid=ct)"}),
+                      (":blocks", {"block": 64, "method": "knapsack(fisher_error)"}),
+                      (":blocks,data_free", {"block": 64, "method": "knapsack(weight_mse)"}),
+                      (":smoke", {"length": 64})):
     config = runs.load_config(f"configs/quantize.py{arg}", [f"--config.checkpoint={checkpoint}"])
     assert config.task == "quantize" and {name: config[name] for name in fields} == fields
+  with pytest.raises(ValueError, match="blocks,deploy: compressed-tensors has one width"):
+    runs.load_config("configs/quantize.py:blocks,deploy", [f"--config.checkpoint={checkpoint}"])
