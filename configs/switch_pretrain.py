@@ -29,7 +29,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
   config.mixture = ml_collections.ConfigDict(dict(code=0.5, wiki=0.35, passages=0.15))
   config.density = 0.25  # more targets for the encoder's work than T5's 0.15
-  config.endings = 0.5  # of the windows: their end is the target, so that the decoder has to read the encoder
+  config.endings = 0.5  # of the windows: their end is the target, one span (UL2's sequential denoising)
   config.batch = 32
   config.length = 112  # tokens of text: 93 of input, 38 targets, an end of text each
   config.steps = 6000  # 21.5 million tokens of text, some of it twice
