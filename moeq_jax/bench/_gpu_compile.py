@@ -92,9 +92,7 @@ def main() -> None:
                   out_shardings=sharding)
     run.trace(x, view, sizes).lower(lowering_platforms=("cuda",)).compile()
   exact = x.dtype == jnp.float32
-  _, k_blocks, stripes = view.bits.shape
-  config = pallas_gpu.heuristic((3 if exact else 1) * job["rows"], shape[0], k_blocks * view.block_steps,
-                                stripes * view.tiles, exact, view.tiles)
+  config = pallas_gpu.heuristic((3 if exact else 1) * job["rows"], view, exact)
   print("\n" + json.dumps(vars(config)), flush=True)
 
 

@@ -126,7 +126,8 @@ def prepare(q: QTensor, backend: str | None = None) -> QTensor | Prepared:
 
   Args:
     q: one shard.
-    backend: a name in `BACKENDS`; by default the back-ends that `grouped_matmul` takes by itself, which read QTensors.
+    backend: a name in `BACKENDS`; by default none: `q` is kept, which every back-end reads and which has a gradient;
+      where `pallas_gpu` takes it, it is viewed anew in every call.
 
   Returns:
     `q` itself where the back-end reads it as it is. Views of `pallas_gpu` are for inference: they have no gradient.

@@ -20,12 +20,23 @@ HALF = gpu_view.COLUMNS // 2  # of the columns of a tile, for one warpgroup
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-  """One piece of work: the static sizes, the shared buffers, and which task, column tile and part of K it is."""
+  """One piece of work.
+
+  Attributes:
+    w: the weights, of which the kernel reads sizes here; its arrays are in memory of the device.
+    config: the `gpu_kernel.Config` of the launch.
+    shared: buffers and barriers in shared memory, by name.
+    expert: of the task, a scalar.
+    tile: its first tile of 128 columns.
+    task: number of the task.
+    split: which part of K.
+    rows: slice of the rows of the task in the padded rows.
+  """
 
   w: HopperWeights
   config: Any
   shared: dict[str, Any]
-  index: jax.Array
+  expert: jax.Array
   tile: jax.Array
   task: jax.Array
   split: jax.Array
@@ -61,9 +72,12 @@ class Columns(NamedTuple):
   half: Any
 
 
-def block(item, warpgroup, mine, bits, first, base, low, high, carry):
-  """One branch per width, each with its own loop over the steps of a K-block."""
-  del first, base
+def block(item, warpgroup, mine, bits, _first, _base, low, high, carry):
+  """The steps `low` to `high` (not included) of a K-block of width `bits`, a scalar: one branch for each width.
+
+  `carry` is `y [64, rows]` float32 in the WGMMA layout and how many slots of the rings of steps, rows and weights have
+  been read.
+  """
   widths = item.w.widths
   choice = sum((bits > b).astype(jnp.int32) for b in widths[:-1])
   steps = _steps_scaled_after if item.config.scale == "after" else _steps_scaled_before
@@ -121,7 +135,6 @@ def _steps_scaled_after(item, warpgroup, mine, bits, low, high, carry):
   """
   config, shared = item.config, item.shared
   shape = HALF, config.rows
-  exact = config.exact
   size = 1 if bits == 16 else item.w.together
 
   def step(u: jax.Array, carry: Any) -> Any:
@@ -142,7 +155,7 @@ def _steps_scaled_after(item, warpgroup, mine, bits, low, high, carry):
               if whole is None:
                 taken.append(item.filled("x", x_count + len(taken)))
               x = shared["x"].at[taken[-1], 0] if whole is None else shared["x"].at[whole, field.eighth]
-              _multiply(item, warpgroup, _operand(item, field, read, exact), x, acc)
+              _multiply(item, warpgroup, _operand(item, field, read, config.exact), x, acc)
           plgpu.wgmma_wait(0)
           for place in taken:
             item.release("x", place)
@@ -152,7 +165,7 @@ def _steps_scaled_after(item, warpgroup, mine, bits, low, high, carry):
         if whole is None:
           x_count += sum(len(part) for part in now)
         for part, product in zip(now, found, strict=True):
-          y = _scaled(item, slot, mine, u, part, product, bits, exact, y)
+          y = _scaled(item, slot, mine, u, part, product, bits, y)
     plgpu.commit_smem()  # as in `_read`, for scales, zeros and sums
     item.release("step", slot)
     if whole is not None:
@@ -163,12 +176,23 @@ def _steps_scaled_after(item, warpgroup, mine, bits, low, high, carry):
   return lax.fori_loop(low, high, step, carry)
 
 
-def _scaled(item, slot, mine, u, part, product, bits, exact, y):
-  """`[64, rows]` float32: `y + scale * (multiplier * product - (zero - offset) * sums)`; of weights `y + product`."""
+def _scaled(item, slot, mine, u, part, product, bits, y):
+  """`[64, rows]` float32: y plus `scale * (multiplier * product - (zero - offset) * sums)`, or plus 16-bit products.
+
+  Args:
+    item: piece of work.
+    slot: of the ring of steps, with scales, zeros and sums of rows.
+    mine: columns of this warpgroup.
+    u: step inside the K-block.
+    part: the fields that were multiplied, of one scale.
+    product: `[64, rows]` float32.
+    bits: width.
+    y: `[64, rows]` float32.
+  """
   if bits == 16:
     return y + product
   shape = HALF, item.config.rows
-  field = gpu_unpack.centred(part[0]) if exact else part[0]
+  field = gpu_unpack.centred(part[0]) if item.config.exact else part[0]
   scale, zero = _affine(item, slot, mine, u, field)
   sums = item.shared["sums"].at[slot, field.eighth // item.w.together]
   sums = lax.broadcast_in_dim(plgpu.load(sums, layout=plgpu.Layout.WGMMA.reduce(0)), shape, (1,))

@@ -70,7 +70,7 @@ class Config:
 
 
 def transforms(width: int, dtype: Any) -> tuple[Any, ...]:
-  """Tiling and swizzle of a shared buffer whose rows have `width` elements of `dtype`; rows of 16 bytes have none."""
+  """Tiling and, but for rows of 16 bytes, swizzle of a shared buffer whose rows have `width` elements of `dtype`."""
   bits = jnp.dtype(dtype).itemsize * 8
   swizzle = plgpu.find_swizzle(width * bits, "fragment")
   tiling = plgpu.TilingTransform((8, 8 * swizzle // bits))
@@ -155,11 +155,11 @@ def _body(w, config, blocks, expert, bits, first, x, sums, affine, chunks, out, 
     return lax.fori_loop(0, lax.div(items - block + blocks - 1, jnp.int32(blocks)), one, carry)
 
   def over_blocks(item: gpu_compute.Item, run: Callable[..., Any], carry: Any) -> Any:
-    """Calls `run(bits, first chunk, first step of the K-block, first and last step inside it, carry)`."""
+    """Calls `run(bits, first chunk, step where the K-block begins, steps inside it from and up to, carry)`."""
     start, stop = (lax.div((item.split + more) * total, jnp.int32(config.splits)) for more in (0, 1))
 
     def one(k: jax.Array, carry: Any) -> Any:
-      place = (item.index * k_blocks + k) * stripes + lax.div(item.tile, jnp.int32(w.tiles))
+      place = (item.expert * k_blocks + k) * stripes + lax.div(item.tile, jnp.int32(w.tiles))
       base = k * w.block_steps
       low, high = (jnp.clip(edge - base, 0, w.block_steps) for edge in (start, stop))
       return run(bits[place], first[place], base, low, high, carry)
@@ -230,7 +230,7 @@ def _copy_block(item, x, sums, affine, chunks, bits, first, base, low, high, cou
     slot = item.emptied("step", step_count)
     full = shared["step_full"].at[slot]
     k_tile, fragment = lax.div(u, jnp.int32(w.fragments)), lax.rem(u, jnp.int32(w.fragments))
-    group = item.index * w.groups
+    group = item.expert * w.groups
     if w.grouped:
       group += (lax.div(base, jnp.int32(w.fragments)) + k_tile) * w.step_groups
     plgpu.copy_gmem_to_smem(affine.at[:, pl.ds(2 * group, 2 * w.step_groups), :], shared["affine"].at[slot], full)

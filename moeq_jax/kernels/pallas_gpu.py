@@ -28,7 +28,8 @@ __all__ = [
   "Config", "HopperWeights", "backward", "check", "forward", "heuristic", "prepare", "shared_bytes", "supports"]
 
 SHARED_BYTES = 227 * 1024  # of one block, on Hopper
-MULTIPROCESSORS = 132  # of an H100 SXM or H200
+MULTIPROCESSORS = 132  # of an H100 SXM or H200, where no device says how many it has
+RESERVED = 4096  # bytes of shared memory for barriers and alignment
 HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 
 
@@ -65,37 +66,42 @@ def _device_kind(device: str) -> str:
     return device
 
 
-def heuristic(
-  rows: int, experts: int, steps: int, tiles: int, exact: bool = False, stripe_tiles: int = 1
-) -> Config:
+def _multiprocessors() -> int:
+  """Of the device that programs are made for."""
+  abstract = jax.sharding.get_abstract_mesh().abstract_device
+  if abstract is not None:
+    return abstract.num_cores or MULTIPROCESSORS
+  return getattr(jax.local_devices()[0], "core_count", None) or MULTIPROCESSORS
+
+
+def heuristic(rows: int, w: HopperWeights, exact: bool = False) -> Config:
   """Sizes of a launch; a few were compared on an H200, for Mixtral with 16, 64 and 4096 tokens.
 
   Args:
-    rows: T.
-    experts: E.
-    steps: steps of the kernel along K.
-    tiles: tiles of 128 columns.
+    rows: T; three for each row of float32.
+    w: the weights, of which only sizes are read.
     exact: whether scales must be applied in float32, after the product.
-    stripe_tiles: tiles of 128 columns in one stripe.
 
   A task has the rows of an average busy expert and two standard deviations more, a multiple of 8 up to 128: a second
   task of an expert reads its weights again. Up to 32 rows scales come after the product. K is cut into as many parts,
   of two steps or more, as make the last round of blocks fullest.
   """
+  experts, k_blocks, stripes = w.bits.shape
+  steps, tiles, blocks = k_blocks * w.block_steps, stripes * w.tiles, _multiprocessors()
   busy = min(rows, experts)
   mean = rows / busy
   tile = min(128, -(-math.ceil(mean + 2 * math.sqrt(mean - 1)) // 8) * 8)
   after = exact or tile <= 32
   tile = min(tile, 64) if after else tile
   few = tile <= 24
-  wide = 2 if tile == 8 and stripe_tiles % 2 == 0 else 1
+  wide = 2 if tile == 8 and w.tiles % 2 == 0 else 1
   pieces = tiles // wide * max(busy, rows // tile)
   # rounds of blocks, times the steps of one and what a piece costs beside
-  taken = lambda splits: -(-pieces * splits // MULTIPROCESSORS) * (-(-steps // splits) + 0.5)  # noqa: E731
+  taken = lambda splits: -(-pieces * splits // blocks) * (-(-steps // splits) + 0.5)  # noqa: E731
   splits = min(range(1, max(1, min(8, steps // 2)) + 1), key=taken)
   return Config(rows=tile, splits=splits, scale="after" if after else "before", eighths=8 if few else 1,
                 steps=3, fragments=3 if few else 4, chunks=10 if few else 8,
-                sums=4 if few and wide == 1 else 1, exact=exact, blocks=MULTIPROCESSORS, tiles=wide)
+                sums=4 if few and wide == 1 else 1, exact=exact, blocks=blocks, tiles=wide)
 
 
 def shared_bytes(w: HopperWeights, config: Config, dtype: jnp.dtype = jnp.float32) -> int:
@@ -113,12 +119,17 @@ def check(w: HopperWeights, config: Config, dtype: jnp.dtype = jnp.float32) -> N
     (config.scale in ("after", "before"), "scale is 'after' or 'before'"),
     (config.eighths in (1, 8), "eighths are 1 or 8"),
     (config.chunks >= 4 and config.steps >= 1 and config.fragments >= 1, "rings have slots, that of chunks at least 4"),
-    (config.sums >= 1 and (config.eighths == 8 or config.scale == "before" or config.fragments >= 2 * config.sums),
-     "sums are at least 1, and where fragments of x are copied alone there are slots for two of each"),
+    (config.sums >= 1 and (config.eighths == 8 or config.fragments >= (
+      2 if config.scale == "before" else w.together * config.sums)),
+     "sums are at least 1, and where fragments of x are copied alone there are slots for all that are under way, two or"
+     " more"),
+    (config.scale == "after" or not config.exact, "exact products are scaled after"),
+    (config.tiles == 1 or config.rows <= 16, "two tiles leave registers for at most 16 rows"),
     (config.blocks >= 1, "blocks are at least 1"),
     (config.tiles in (1, 2) and w.tiles % config.tiles == 0, "tiles are 1, or 2 where a stripe has an even number"),
     (config.operand in ("registers", "shared"), "operand is 'registers' or 'shared'"),
-    (size <= SHARED_BYTES, f"it needs {size} bytes of shared memory, and a block has {SHARED_BYTES}"),
+    (size <= SHARED_BYTES - RESERVED,
+     f"it needs {size} bytes of shared memory, and a block has {SHARED_BYTES} less {RESERVED}"),
   ):
     if not fits:
       raise ValueError(f"pallas_gpu: {config}: {rule}")
@@ -170,14 +181,16 @@ def _exact_parts(x: jax.Array) -> jax.Array:
 
 def _matmul(x: jax.Array, w: HopperWeights, group_sizes: jax.Array, out_dtype: jnp.dtype, exact: bool) -> jax.Array:
   """`[T, K]` bfloat16 rows -> `[T, N]` in the dtype of the partial results."""
-  experts, k_blocks, stripes = w.bits.shape
-  config = heuristic(len(x), experts, k_blocks * w.block_steps, stripes * w.tiles, exact, w.tiles)
+  experts, config = w.bits.shape[0], heuristic(len(x), w, exact)
   tasks = len(x) // config.rows + min(experts, len(x))
   cut = gpu_view.tasks(group_sizes, len(x), config.rows, tasks)
   padded = jnp.where(cut.valid[..., None], x[cut.rows], 0).reshape(-1, x.shape[1])
   fragments = gpu_view.rows_view(padded, w)
-  scaled = fragments.reshape(len(fragments), -1, w.together, *fragments.shape[2:])
-  sums = jnp.sum(scaled, axis=(2, 4), dtype=jnp.float32)
+  if config.scale == "after":
+    scaled = fragments.reshape(len(fragments), -1, w.together, *fragments.shape[2:])
+    sums = jnp.sum(scaled, axis=(2, 4), dtype=jnp.float32)
+  else:
+    sums = jnp.zeros((1, 1, 1), jnp.float32)  # never read
   partial = jnp.dtype(jnp.float32) if exact or config.splits > 1 or config.scale == "after" else jnp.dtype(out_dtype)
   check(w, config, partial)
   y = gpu_kernel.call(w, config, cut.expert, fragments, sums, partial)

@@ -1,7 +1,9 @@
 """The Hopper benchmark where there is no Hopper GPU: it says so and times nothing; and its arithmetic."""
 
 import importlib
+import types
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -9,7 +11,7 @@ from moeq_jax import qtensor
 from moeq_jax.bench import _hopper_peers, kernels_gpu
 from moeq_jax.kernels import cpu
 
-CEILINGS = {"copy_bytes_per_second": 1e9, "bfloat16_flops_per_second": 1e9}
+CEILINGS = {"copy_bytes_per_second": 8e8, "read_bytes_per_second": 1e9, "bfloat16_flops_per_second": 1e9}
 
 
 def test_without_a_hopper_gpu_nothing_is_timed():
@@ -37,7 +39,8 @@ def test_seconds_are_the_median_of_a_batch_divided_by_its_calls(monkeypatch: pyt
   monkeypatch.setattr(kernels_gpu.time, "perf_counter", lambda: next(clock))
   monkeypatch.setattr(kernels_gpu, "FLUSHED_BYTES", 16)
   batches = []
-  assert kernels_gpu.seconds(lambda: batches.append(0), repeats=3, calls=4) == 4
+  monkeypatch.setattr(kernels_gpu, "CALLS", 4)
+  assert kernels_gpu.seconds(lambda: batches.append(0), repeats=3) == 4
   assert len(batches) == 4
 
 
@@ -59,6 +62,22 @@ def test_one_length_of_buffer_serves_all_mixes():
   made = [kernels_gpu.weights(shape, kernels_gpu.MIXES[mix], 1, room) for mix in mixes]
   assert {q.buffer.shape for q in made} == {(1, room, 128)}
   assert max(qtensor.used_rows(q) for q in made) == room
+
+
+def test_device_seconds_are_the_sums_over_the_streams_of_devices(monkeypatch: pytest.MonkeyPatch):
+  """A profile of one batch of two calls: a kernel of 6 us each, another of 1 us, and lines that repeat them."""
+  event = lambda name, duration: types.SimpleNamespace(name=name, duration_ns=duration)  # noqa: E731
+  line = lambda name, *events: types.SimpleNamespace(name=name, events=events)  # noqa: E731
+  launches = event("kernel", 6000), event("gather", 1000), event("kernel", 6000), event("gather", 1000)
+  device = types.SimpleNamespace(name="/device:GPU:0", lines=[line("Stream #1", *launches), line("XLA Ops", *launches)])
+  host = types.SimpleNamespace(name="/host:CPU", lines=[line("Stream #1", event("python", 9e9))])
+  profile = types.SimpleNamespace(planes=[host, device])
+  monkeypatch.setattr(kernels_gpu, "FLUSHED_BYTES", 16)
+  monkeypatch.setattr(kernels_gpu, "CALLS", 2)
+  monkeypatch.setattr(kernels_gpu.jax.profiler, "ProfileData", types.SimpleNamespace(from_file=lambda path: profile))
+  assert kernels_gpu.device_seconds(lambda: jnp.ones(2), repeats=1) == pytest.approx((7e-6, 6e-6))
+  profile.planes = [host]
+  assert kernels_gpu.device_seconds(lambda: jnp.ones(2), repeats=1) is None
 
 
 def test_correctness_is_checked_against_the_reference():

@@ -24,7 +24,7 @@ class TestHopper(conformance.Conformance):
   backend = "pallas_gpu"
 
 
-@pytest.mark.parametrize("count", [1, 16, 200, 1100])
+@pytest.mark.parametrize("count", [1, 16, 64, 120, 200, 1100])
 def test_every_width_at_a_width_of_mixtral(count: int):
   """4096 rows of weights, rows of x whose tasks have 8 to 128 rows, scales after and before the product."""
   bits = np.array(qtensor.WIDTHS)
@@ -36,6 +36,18 @@ def test_every_width_at_a_width_of_mixtral(count: int):
     for dtype, limit in LIMITS.items():
       x = conformance.rows(count, 4096, dtype)
       assert conformance.difference(run[dtype](x, view, sizes), conformance.expected(x, made.values, sizes)) < limit
+
+
+def test_results_that_leave_the_registers_as_bfloat16():
+  """Scales before the product and one part of K: the store that a prefill takes."""
+  made = conformance.packed(np.array(qtensor.WIDTHS), (6, 4096, 256), group=128)
+  view = api.prepare(made.q, "pallas_gpu")
+  config = pallas_gpu.heuristic(1100, view.view)
+  assert (config.scale, config.splits) == ("before", 1)
+  x, sizes = conformance.rows(1100, 4096, ml_dtypes.bfloat16), shapes.group_sizes("zipf", 1100, 6)
+  y = jax.jit(api.grouped_matmul)(x, view, sizes)
+  assert y.dtype == jnp.bfloat16
+  assert conformance.difference(y, conformance.expected(x, made.values, sizes)) < 1e-2
 
 
 def test_two_runs_are_equal_to_the_last_bit():

@@ -151,6 +151,21 @@ def test_fields_are_the_weights(bits: int, K: int, group: int, blocks: int, exac
   np.testing.assert_array_equal(total, wanted)
 
 
+@pytest.mark.parametrize(("sizes", "rows"), [
+  ((4, 0, 9, 16, 3), 8), ((0, 0, 32, 0), 8), ((1,), 24), ((8, 16, 24), 8), ((0, 1, 0, 1), 128), ((100, 3), 16)])
+def test_tasks_hold_every_row_once_with_its_expert(sizes: tuple[int, ...], rows: int):
+  total, experts = sum(sizes), len(sizes)
+  count = total // rows + min(experts, total)
+  found = gpu_view.tasks(jnp.asarray(sizes, jnp.int32), total, rows, count)
+  filled = np.where(found.valid, np.asarray(found.rows), -1).reshape(-1)
+  np.testing.assert_array_equal(filled[np.asarray(found.position)], np.arange(total))
+  assert np.asarray(found.valid).sum() == total
+  expert = np.asarray(found.expert)
+  np.testing.assert_array_equal(expert[np.asarray(found.position) // rows], np.repeat(np.arange(experts), sizes))
+  busy = sum(-(-size // rows) for size in sizes)
+  assert expert[count] == busy and (expert[busy:count] == experts).all()
+
+
 def test_the_view_has_the_bytes_of_the_buffer():
   q = conformance.packed((3, 2, 4), (3, 512, 256), group=128).q
   w = gpu_view.prepare(q)
@@ -165,8 +180,8 @@ def test_the_view_has_the_bytes_of_the_buffer():
 def test_launches_fit_a_multiprocessor(name: str, rows: int, exact: bool):
   for experts, K, N in shapes.LAYERS[name].matmuls().values():
     w = _abstract_view(experts, K, N)
-    config = heuristic(rows, experts, w.bits.shape[1] * w.block_steps, w.bits.shape[2] * w.tiles, exact, w.tiles)
-    assert pallas_gpu.shared_bytes(w, config) <= pallas_gpu.SHARED_BYTES - 4096
+    config = heuristic(rows, w, exact)
+    pallas_gpu.check(w, config)
     assert config.rows % 8 == 0
     assert config.rows <= 256
     assert config.chunks >= 4
@@ -216,10 +231,14 @@ def test_layouts_that_cannot_be_cut_are_refused_by_name():
   ({"rows": 12}, "rows are a multiple of 8"), ({"rows": 264}, "up to 256"), ({"splits": 0}, "splits are at least 1"),
   ({"splits": 9}, "at most the steps along K"), ({"scale": "never"}, "scale is 'after' or 'before'"),
   ({"eighths": 3}, "eighths are 1 or 8"), ({"chunks": 3}, "that of chunks at least 4"),
-  ({"operand": "constant"}, "operand is"), ({"chunks": 64}, r"needs \d+ bytes of shared memory, .* has 232448")])
+  ({"operand": "constant"}, "operand is"), ({"chunks": 64}, r"needs \d+ bytes of shared memory, .* has 232448"),
+  ({"sums": 0}, "sums are at least 1"), ({"eighths": 1, "sums": 2}, "slots for all that are under way"),
+  ({"eighths": 1, "scale": "before", "fragments": 1}, "slots for all that are under way"),
+  ({"scale": "before", "exact": True}, "exact products are scaled after"), ({"blocks": 0}, "blocks are at least 1"),
+  ({"tiles": 2}, "tiles are 1, or 2 where"), ({"tiles": 2, "rows": 24}, "at most 16 rows")])
 def test_launches_that_do_not_fit_are_refused(changes: dict, said: str):
   w = _abstract_view(2, 4096, 128)
-  config = heuristic(16, 2, w.block_steps, w.tiles)
+  config = heuristic(16, w)
   pallas_gpu.check(w, config)
   with pytest.raises(ValueError, match=f"pallas_gpu: Config.*{said}"):
     pallas_gpu.check(w, dataclasses.replace(config, **changes))
