@@ -5,8 +5,8 @@ that no weights are found there. Two times are taken: `seconds` by the host's cl
 launches, and `device_seconds`, the sum of the durations of all device activities of a call in jax's profile. That
 leaves out the gaps between them, a microsecond or so each, which a peer's replayed CUDA graph has. Data is random,
 since zeros draw less power and run at higher clocks. The roofline of a row is its bytes (packed weights and scales of
-experts with rows, rows in, rows out) at the bandwidth measured at the start, of a copy or of reading alone, whichever is
-higher, or its products at the matmul rate measured there, whichever takes longer; its share is that of
+experts with rows, rows in, rows out) at the bandwidth measured at the start, of a copy or of reading alone, whichever
+is higher, or its products at the matmul rate measured there, whichever takes longer; its share is that of
 `device_seconds`.
 
 All mixes of widths are run by one compiled program: their buffers have the length that the widest needs. Every row is
@@ -150,7 +150,7 @@ def device_seconds(batch: Callable[[], Any], repeats: int = 5) -> tuple[float, f
 
 
 def _ceilings(repeats: int) -> dict[str, float]:
-  """Bandwidth of copies (read and written bytes) and of reading, rate of a square bfloat16 matmul; many in a program."""
+  """Bandwidths of copies (read and written bytes) and of reading, and the rate of a square bfloat16 matmul."""
   data = [jnp.full((1 << 26,), n, jnp.uint32) for n in range(CALLS)]
   copies = jax.jit(lambda arrays: [a ^ jnp.uint32(1) for a in arrays])
   reads = jax.jit(lambda arrays: [jnp.max(a) for a in arrays])
