@@ -1,7 +1,7 @@
 """The Hopper back-end in Pallas' interpreter, on an abstract H100, with race detection; nothing here is a GPU.
 
 One interpreted launch takes about 20 s on two cores, so each test here covers several things. The whole shared suite
-runs with `-m thorough` (most of an hour).
+runs with `-m thorough` (some minutes).
 """
 
 import dataclasses
