@@ -22,6 +22,16 @@ def test_every_point_changes_one_factor_and_passes_the_checks():
   assert all({mixtral_track.RULE, mixtral_track.REVERSE, "uniform"} <= set(config["methods"]) for config in configs)
 
 
+def test_the_light_form_has_the_same_points_without_measured_damage():
+  light = "experiments/mixtral_track_light.py"
+  points, whole = (list(runs.sweep_points(runs.find_config(name)).values()) for name in (light, CONFIG))
+  assert [[setting for setting in point if "damage.sequences" not in setting] for point in whole] == points
+  for settings in points:
+    config = runs.load_config(light, settings)
+    pipeline.check(config)
+    assert (config.damage.sequences, config.length) == (0, 128)
+
+
 def fake(folder: Path, model: str, point: str, changes: dict, rule: float, *, damage: bool = False) -> None:
   """A finished run whose rule loses `rule` nats more than its reverse on every sequence."""
   place = folder / model / point

@@ -37,7 +37,7 @@ CHIPS = {
   "v5e": Chip(bandwidth=0.819e12, rate=197e12, source="published"),
   "v6e": Chip(bandwidth=1.64e12, rate=918e12, source="published"),
   "H100": Chip(bandwidth=3.35e12, rate=989e12, source="published"),
-  "H200": Chip(bandwidth=4.3e12, rate=790e12, source="what copies and matmuls reach"),
+  "H200": Chip(bandwidth=4.8e12, rate=989e12, source="published"),
 }
 
 
