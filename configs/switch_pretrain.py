@@ -29,7 +29,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
   config.mixture = ml_collections.ConfigDict(dict(code=0.5, wiki=0.35, passages=0.15))
   config.density = 0.25  # more targets for the encoder's work than T5's 0.15
-  config.endings = 0.5  # of the windows: their end is the target, one span (UL2's sequential denoising)
+  config.endings = 0.25  # of the windows: their end is the target, one span (UL2's sequential denoising)
+  config.repetitions = 0.25  # of the windows: the targets repeat a part of the input, so that the decoder reads it
+  config.repeating_steps = 300  # the first ones, which have nothing else: learned late, reading is not learned
   config.batch = 32
   config.length = 112  # tokens of text: 93 of input, 38 targets, an end of text each
   config.steps = 6000  # 21.5 million tokens of text, some of it twice
@@ -45,7 +47,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   if arg.smoke:
     config.model.update(vocab_size=512, d_model=32, d_kv=16, d_ff=32, num_layers=2, num_decoder_layers=2, num_heads=2,
                         num_experts=4, encoder_sparse=(1,), decoder_sparse=(1,))
-    config.update(batch=4, length=64, steps=20, decay_steps=20, warmup=5, log_every=5, save_every=10,
-                  held_out_sequences=4)
+    config.update(batch=4, length=64, steps=20, decay_steps=20, repeating_steps=5, warmup=5, log_every=5,
+                  save_every=10, held_out_sequences=4)
     config.mixture = ml_collections.ConfigDict(dict(wiki=0.7, passages=0.3))
   return config

@@ -83,6 +83,37 @@ def ending(tokens: np.ndarray, *, sentinel_first: int, density: float = 0.15,
   return np.concatenate(inputs).astype(np.int32), np.concatenate(targets).astype(np.int32)
 
 
+def repetition(tokens: np.ndarray, *, sentinel_first: int, density: float = 0.15, mean: float = 3.0,
+               rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+  """Takes nothing out: a sentinel stands at a random place of the inputs, and the targets repeat what follows it.
+
+  A decoder that does not read its encoder can do no better here than a language model; one that does is right.
+
+  Args:
+    tokens, sentinel_first: as for `span_corruption`. The sentinel is the one after those that `span_corruption` of this
+      text would use, and so says which of the two is asked for.
+    density, mean: inputs and targets are as long as those of `span_corruption`.
+    rng: draws the place.
+
+  Returns:
+    Inputs and targets, int32.
+
+  Raises:
+    SpanError: as for `span_corruption`, or targets that would be longer than the inputs.
+  """
+  tokens = np.asarray(tokens)
+  noise, spans = _counts(tokens, density, mean)
+  repeated, kept = noise + spans, len(tokens) - noise + spans - 1
+  if repeated > kept:
+    raise SpanError(f"density={density}, mean={mean}: {repeated} targets are to repeat {kept} tokens of input; take a"
+                    " smaller density")
+  mark = _sentinels(tokens, sentinel_first, spans + 1)[-1:]
+  place = rng.integers(kept - repeated + 1)
+  inputs = [tokens[:place], mark, tokens[place:kept]]
+  return (np.concatenate(inputs).astype(np.int32),
+          np.concatenate([mark, tokens[place:place + repeated]]).astype(np.int32))
+
+
 def _sentinels(tokens: np.ndarray, first: int, spans: int) -> np.ndarray:
   """Those of `spans` spans and of the end; raises `SpanError` if the text holds one of them."""
   sentinels = first - np.arange(spans + 1)

@@ -110,12 +110,13 @@ def pretrain_run(config: ml_collections.ConfigDict, workdir: Path) -> None:
   tokenizer = _prepared(config, workdir)
   sizes = model_config(config, tokenizer)
   streams = pretrain.token_streams(config, workdir, tokenizer, sizes.eos_token_id)
-  corrupt = functools.partial(user_text.corrupted, model=sizes, first=sizes.vocab_size - 1, density=config.density,
-                              endings=config.endings)
+  corrupt = functools.partial(user_text.corrupted, model=sizes, first=sizes.vocab_size - 1, density=config.density)
 
   def batch(step: int) -> dict[str, np.ndarray]:
     rows = data.batch(streams, config.mixture, step, size=config.batch, length=config.length, seed=config.seed)
-    return corrupt(rows, seed=[config.seed, step])
+    shares = {"repetitions": 1.0} if step <= config.repeating_steps else {
+        "endings": config.endings, "repetitions": config.repetitions}
+    return corrupt(rows, seed=[config.seed, step], **shares)
 
   model = switch.init(sizes, config.seed)
   convert.save_routers(workdir / "model" / "router_init.safetensors", convert.routers(model))
@@ -123,11 +124,13 @@ def pretrain_run(config: ml_collections.ConfigDict, workdir: Path) -> None:
   held_out = data.encode((d for d in data.held_out() if d.domain in config.mixture), tokenizer, sizes.eos_token_id)
   losses = {}
   for domain, stream in sorted(held_out.items()):
-    windows = stream.sequences(config.held_out_sequences, config.length)
-    batches = [corrupt(windows[i:i + config.batch], seed=[config.seed, 0, i])
-               for i in range(0, len(windows), config.batch)]
-    total, count = held_out_losses(model, sizes, batches, config.capacity).sum(axis=0)
-    losses[domain] = {"nats_per_target": float(total / count), "targets": int(count)}
+    windows, losses[domain] = stream.sequences(config.held_out_sequences, config.length), {}
+    for kind in ("spans", "endings", "repetitions"):
+      share = {} if kind == "spans" else {kind: 1.0}
+      batches = [corrupt(windows[i:i + config.batch], seed=[config.seed, 0, i], **share)
+                 for i in range(0, len(windows), config.batch)]
+      total, count = held_out_losses(model, sizes, batches, config.capacity).sum(axis=0)
+      losses[domain][kind] = {"nats_per_target": float(total / count), "targets": int(count)}
   _write(workdir, model, sizes, {"held_out": losses, "sequences_trained": config.steps * config.batch,
                                  "tokens_in_text": {name: len(stream.tokens) for name, stream in streams.items()}})
 

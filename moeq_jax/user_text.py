@@ -125,7 +125,8 @@ def _length(purpose: str, asked: int, model: Any) -> int:
 
 
 def corrupted(rows: np.ndarray, model: switch.SwitchConfig, first: int | None, seed: Sequence[int],
-              density: float = 0.15, endings: float = 0.0) -> dict[str, np.ndarray]:
+              density: float = 0.15, endings: float = 0.0,
+              repetitions: float = 0.0) -> dict[str, np.ndarray]:
   """Sequences `[B, S]` as a batch of an encoder-decoder: spans are taken out, and both sides end with the end of text.
 
   Args:
@@ -135,6 +136,7 @@ def corrupted(rows: np.ndarray, model: switch.SwitchConfig, first: int | None, s
     seed: of the spans.
     density: share of the tokens that is taken out.
     endings: share of the rows, the first ones, whose end is taken out as one span.
+    repetitions: share of the rows, those after them, that lose nothing and whose targets repeat a part of them.
   """
   rng, end = np.random.default_rng(seed), model.eos_token_id
   end = end if isinstance(end, int) else end[0]
@@ -145,6 +147,8 @@ def corrupted(rows: np.ndarray, model: switch.SwitchConfig, first: int | None, s
       sentinel = span_corruption.unused_sentinel(row, model.vocab_size, reserved=reserved, density=density)
     if place < endings * len(rows):
       pairs.append(span_corruption.ending(row, sentinel_first=sentinel, density=density))
+    elif place < (endings + repetitions) * len(rows):
+      pairs.append(span_corruption.repetition(row, sentinel_first=sentinel, density=density, rng=rng))
     else:
       pairs.append(span_corruption.span_corruption(row, sentinel_first=sentinel, density=density, rng=rng))
   ended = ([[*side.tolist(), end] for side in sides] for sides in zip(*pairs))

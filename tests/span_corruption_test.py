@@ -67,6 +67,28 @@ def test_an_end_that_would_be_the_whole_text_is_named():
     span_corruption.ending(np.arange(4), sentinel_first=FIRST, density=0.9, mean=1.0)
 
 
+@given(st.lists(st.integers(0, 500), min_size=8, max_size=120), st.floats(0.05, 0.4), st.floats(2, 12),
+       st.integers(0, 99))
+def test_a_repetition_repeats_what_follows_its_mark_and_is_as_long(tokens: list[int], density: float, mean: float,
+                                                                   seed: int):
+  inputs, targets = span_corruption.repetition(np.asarray(tokens), sentinel_first=FIRST, density=density, mean=mean,
+                                               rng=np.random.default_rng(seed))
+  others = corrupt(tokens, seed, density=density, mean=mean)
+  assert [inputs.shape, targets.shape] == [side.shape for side in others]
+  (place,) = np.flatnonzero(inputs > 500)
+  np.testing.assert_array_equal(inputs[place:place + len(targets)], targets)
+  assert np.delete(inputs, place).tolist() == tokens[:len(inputs) - 1]
+  assert not np.isin(targets[0], np.concatenate(others))  # a mark that stands for no span
+
+
+def test_a_repetition_may_begin_anywhere_and_is_never_longer_than_its_text():
+  rng = np.random.default_rng(0)
+  repeat = lambda density: span_corruption.repetition(np.arange(12), sentinel_first=FIRST, density=density, rng=rng)
+  assert {repeat(0.25)[1][1] for _ in range(99)} == set(range(6))  # 4 of the 9 tokens of the inputs
+  with pytest.raises(SpanError, match="8 targets are to repeat 7 tokens.*smaller density"):
+    repeat(0.5)
+
+
 def test_as_many_tokens_and_spans_as_asked_for():
   inputs, targets = corrupt(np.arange(400) % 400)
   assert len(spans_of(targets)) == 20 + 1

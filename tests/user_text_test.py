@@ -190,6 +190,14 @@ def test_a_share_of_the_rows_has_its_end_taken_out():
   assert ends == [True, True, False, False] and (batch["targets"] != switch.NO_TARGET).all()
 
 
+def test_a_share_of_the_rows_repeats_its_input():
+  model = types.SimpleNamespace(vocab_size=64, eos_token_id=1, pad_token_id=0, decoder_start_token_id=0)
+  rows = np.tile(np.arange(2, 42), (4, 1))
+  batch = user_text.corrupted(rows, model, 63, [0], density=0.3, endings=0.25, repetitions=0.5)
+  seen = [set(targets) - {1} <= set(inputs) for inputs, targets in zip(*batch.values(), strict=True)]
+  assert seen == [False, True, True, False] and (batch["targets"] != switch.NO_TARGET).all()
+
+
 def test_spans_without_sentinels_in_the_vocabulary_take_ids_that_the_sequence_does_not_use():
   model = types.SimpleNamespace(vocab_size=64, eos_token_id=1, pad_token_id=0, decoder_start_token_id=0)
   rows = np.stack([np.arange(2, 42), np.arange(24, 64)])

@@ -224,23 +224,39 @@ def build(config: SwitchConfig, dtype: jnp.dtype, seed: int = 0) -> Switch:
   return Switch(config, dtype=dtype, rngs=nnx.Rngs(seed))
 
 
+NEIGHBOUR = 6.0  # nats by which a head begins to prefer the token beside its own
+
+
 def init(config: SwitchConfig, seed: int) -> Switch:
   """A Switch Transformer with random float32 parameters, to be trained with Adam.
 
   T5's own values suit Adafactor, whose steps are relative to the size of a parameter. Adam's are absolute: a large
   embedding learns slowly, and position biases that begin near zero, the only positions there are, take a thousand steps
   to matter. So embedding and output begin small, position biases large, and what is written to the streams small.
+
+  A decoder that reads its encoder finds there what it has just written, and takes what follows. Three things are laid
+  down for that (in the spirit of mimetic initialization, arXiv 2305.09828): a head of the encoder for either neighbour
+  of a token and one of the decoder for the last one; keys of cross-attention that are its queries, so that tokens find
+  their like; and an untied output that begins as a small copy of the embedding. All three are needed: repeating the
+  input is then learned in 150 steps, and otherwise has not begun by then (docs/switch_track.md).
   """
   model = build(config, jnp.float32, seed)
   scale = lambda parameter, factor: parameter.set_value(factor * parameter.get_value())
-  scale(model.top.embedding, 0.3)
-  scale(model.top.encoder_bias, 1.5 * config.d_model**0.5)
-  scale(model.top.decoder_bias, 1.5 * config.d_model**0.5)
+  top = model.top
+  scale(top.embedding, 0.3)
+  after = config.relative_attention_num_buckets // 2 + 1  # the bucket of the next token; that of the last one is 1
+  for table, near in ((top.encoder_bias, (1, after)), (top.decoder_bias, (1,))):
+    scale(table, 1.5 * config.d_model**0.5)
+    for head, bucket in enumerate(near[:config.num_heads]):
+      table.set_value(table.get_value().at[bucket, head].add(NEIGHBOUR))
   if not config.tie_word_embeddings:
-    scale(model.top.output, 0.02)
+    top.output.set_value(0.1 * top.embedding.get_value())
   for block in model.blocks:
     written = [block.attention.o, (block.moe if hasattr(block, "moe") else block.mlp).down]
-    for parameter in written + ([block.cross.o] if block.stack == "decoder" else []):
+    if block.stack == "decoder":
+      written.append(block.cross.o)
+      block.cross.k.set_value(block.cross.q.get_value() * config.d_kv**0.5)  # of the keys' usual size
+    for parameter in written:
       scale(parameter, 0.3)
   return model
 
