@@ -69,7 +69,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> None:
 
   Args:
     config: see `get_config`.
-    workdir: of this point; what is compared over all points goes to its parent.
+    workdir: of this point; what is compared over all points beside it goes where `runs.points` says.
   """
   subject = workspace.open_checkpoint(config.checkpoint, config.compute_dtype)
   calibration, evaluation = paper_weaknesses.read_text(config, subject.tokenizer)
@@ -110,7 +110,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> None:
                        | {f"sequence_{i:06d}": float(x) for i, x in enumerate(loss - against.loss)})
         advance(note=f"{arm}: {delta:+.4f}")
   artifacts.save_arrays(workdir / "kurtosis.npz", kurtosis(subject), {"model": stamp["model"]})
-  summarise(workdir.parent)
+  summarise(*runs.points(workdir))
 
 
 def _blocks(subject: workspace.Subject, layers: Sequence[artifacts.LayerCodes], codec: codecs.Codec,
@@ -144,13 +144,13 @@ def kurtosis(subject: workspace.Subject) -> dict[str, np.ndarray]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def summarise(directory: Path) -> None:
+def summarise(directory: Path, points: Sequence[Path]) -> None:
   """Compares down with up and with gate over all points: `comparisons.jsonl`, a table, and the figure."""
   path = directory / "comparisons.jsonl"
   path.unlink(missing_ok=True)
   losses: dict[tuple[str, str, str], list[np.ndarray]] = {}
-  for file in sorted(directory.glob("*/losses.jsonl")):
-    for row in results.read(file):
+  for point in points:
+    for row in results.read(point / "losses.jsonl"):
       losses.setdefault((row["model"], row["codec"], row["arm"]), []).append(results.numbered(row, "sequence_"))
   shown = rich_table.Table("model", "codec", "what", "down minus", "nats", "of each set")
   for model, codec in sorted({key[:2] for key in losses}):
@@ -163,19 +163,19 @@ def summarise(directory: Path) -> None:
         delta, stderr = perplexity.paired(*(sign * np.mean(part, axis=0) for part in zip(*both, strict=True)))
         row = {"id": f"{model}@{codec}: {pattern.format('down')} - {pattern.format(other)}", "model": model,
                "codec": codec, "against": other, "arm": pattern.format("down"), "down_needs_more": delta,
-               "ci95": 1.96 * stderr, "sets": len(both),
+               "ci95": 1.96 * stderr, "sets": len(both), "config_hash": runs.hash_of(points),
                **{f"set_{i}": float(sign * (a - b).mean()) for i, (a, b) in enumerate(both)}}
         results.append(path, row)
         shown.add_row(model, codec, pattern.format("P"), other, f"{delta:+.4f} ± {1.96 * stderr:.4f}",
                       " ".join(f"{sign * (a - b).mean():+.4f}" for a, b in both))
   rich_console.Console(width=160).print(shown)
-  _figure(directory)
+  _figure(directory, points)
 
 
-def _figure(directory: Path) -> None:
+def _figure(directory: Path, points: Sequence[Path]) -> None:
   """Left: what one projection alone costs, by codec; right: kurtosis of channels, expert by expert."""
   comparisons = results.read(directory / "comparisons.jsonl")
-  rows = [row for file in sorted(directory.glob("*/rows.jsonl")) for row in results.read(file) if "arm" in row]
+  rows = [row for point in points for row in results.read(point / "rows.jsonl") if "arm" in row]
   models = sorted({row["model"] for row in comparisons})
   if not models:
     return
@@ -193,7 +193,8 @@ def _figure(directory: Path) -> None:
       left.set(title=f"{model}: loss with one projection at 2 bits", ylabel="nats per token above full precision")
       left.set_xticks(range(len(names)), names)
       left.legend()
-      file = next(f for f in sorted(directory.glob("*/kurtosis.npz")) if artifacts.load_arrays(f)[1]["model"] == model)
+      file = next(f for point in points if (f := point / "kurtosis.npz").is_file()
+                  and artifacts.load_arrays(f)[1]["model"] == model)
       for projection, values in artifacts.load_arrays(file)[0].items():
         flat = values.reshape(-1, values.shape[-1])  # [experts, channels]
         flat = flat[np.argsort(np.median(flat, axis=1))]

@@ -179,7 +179,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> None:
 
   Args:
     config: see `get_config`.
-    workdir: of this point; what is compared over all points goes to its parent.
+    workdir: of this point; what is compared over all points beside it goes where `runs.points` says.
 
   Raises:
     ValueError: an unknown rotation.
@@ -192,7 +192,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> None:
     point.measure(codecs.get(name))
   artifacts.save_arrays(workdir / "outliers.npz", outliers(point.experts), {
       "model": subject.directory.name, "rotation": config.rotation})
-  granularity_summary.summarise(workdir.parent)
+  granularity_summary.summarise(*runs.points(workdir))
 
 
 class Point:

@@ -14,7 +14,7 @@ from matplotlib import figure, ticker
 from rich import console as rich_console
 from rich import table as rich_table
 
-from moeq_jax import artifacts, results
+from moeq_jax import artifacts, results, runs
 from moeq_jax.evaluate import perplexity
 from moeq_jax.report import figures
 
@@ -32,19 +32,19 @@ Key = tuple[str, str, str, str, float]  # model, codec, rotation, arm, budget
 Losses = dict[Key, dict[int, np.ndarray]]  # by calibration set
 
 
-def read_losses(directory: Path) -> Losses:
+def read_losses(points: Sequence[Path]) -> Losses:
   """Increases of the loss `[sequences]`, by what was measured and by calibration set."""
   losses: Losses = {}
-  for file in sorted(directory.glob("*/losses.jsonl")):
-    for row in results.read(file):
+  for point in points:
+    for row in results.read(point / "losses.jsonl"):
       key = (row["model"], row["codec"], row["rotation"], row["arm"], row["budget"])
       losses.setdefault(key, {})[row["seed"]] = results.numbered(row, "sequence_")
   return losses
 
 
-def read_rows(directory: Path) -> list[results.Row]:
+def read_rows(points: Sequence[Path]) -> list[results.Row]:
   """The rows of all points, with ids that say which point they are of."""
-  rows = [row for file in sorted(directory.glob("*/rows.jsonl")) for row in results.read(file)]
+  rows = [row for point in points for row in results.read(point / "rows.jsonl")]
   return [row | {"id": f"{row['model']}@{row['rotation']}@set {row['seed']}: {row['id']}"} for row in rows]
 
 
@@ -75,27 +75,27 @@ def compare(losses: Losses) -> list[results.Row]:
   return found
 
 
-def summarise(directory: Path) -> None:
-  """Writes comparisons.jsonl, all.jsonl (those and the rows of all points) and figures/ into the directory of all
-  points, and prints a table."""
-  losses = read_losses(directory)
+def summarise(directory: Path, points: Sequence[Path]) -> None:
+  """Writes comparisons.jsonl, all.jsonl (those and the rows of all points) and figures/ into `directory`, and prints a
+  table; directory and points as `runs.points` gives them."""
+  losses, stamp = read_losses(points), {"config_hash": runs.hash_of(points)}
   path = directory / "comparisons.jsonl"
   path.unlink(missing_ok=True)
   shown = rich_table.Table("model", "codec", "basis", "bits", "what", "nats", "of each set")
   for row in compare(losses):
-    results.append(path, row)
+    results.append(path, row | stamp)
     sets = " ".join(f"{x:+.4f}" for x in results.numbered(row, "set_"))
     shown.add_row(row["model"], row["codec"], row["rotation"], f"{row['budget']:g}", row["what"],
                   f"{row['difference']:+.4f} ± {row['ci95']:.4f}", sets)
   rich_console.Console(width=160).print(shown)
   (directory / "all.jsonl").unlink(missing_ok=True)
-  for row in [*read_rows(directory), *results.read(path)]:
+  for row in [*read_rows(points), *results.read(path)]:
     results.append(directory / "all.jsonl", row)
   (directory / "figures").mkdir(exist_ok=True)
   with figures.settled():
     if any(key[3] in LOOKS for key in losses):
       loss_figure(losses).savefig(directory / "figures" / "granularity.png")
-    files = [artifacts.load_arrays(file) for file in sorted(directory.glob("*/outliers.npz"))]
+    files = [artifacts.load_arrays(file) for point in points if (file := point / "outliers.npz").is_file()]
     if files:
       outlier_figure(files).savefig(directory / "figures" / "channel-outliers.png")
 

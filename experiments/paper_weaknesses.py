@@ -206,7 +206,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> None:
 
   Args:
     config: see `get_config`.
-    workdir: of this set; the comparisons over all sets beside it go to its parent.
+    workdir: of this set; the comparisons over all sets beside it go where `runs.points` says.
   """
   rows_path, losses_path = workdir / "rows.jsonl", workdir / "losses.jsonl"
   done = {row["id"] for row in results.read(losses_path)}
@@ -249,7 +249,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> None:
         advance(note=f"{_id(arm)}: {delta:+.4f}")
     if not number:
       artifacts.write_json(workdir / "correlations.json", _correlations(evidence) | stamp)
-  summarise(workdir.parent)
+  summarise(*runs.points(workdir, free=("calibration_seed",)))
 
 
 def matrices(config: ml_collections.ConfigDict, subject: workspace.Subject, stats: artifacts.Stats) -> dict[str, Any]:
@@ -295,10 +295,11 @@ def _correlations(evidence: scores.Evidence) -> dict[str, list[float]]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def summarise(directory: Path) -> None:
-  """Compares the arms, paired over sequences after the mean over calibration sets, in `comparisons.jsonl`."""
-  tables = [{row["id"]: np.array(list(results.numbered(row, "sequence_"))) for row in results.read(path)}
-            for path in sorted(directory.glob("*/losses.jsonl"))]
+def summarise(directory: Path, points: Sequence[Path]) -> None:
+  """Compares the arms, paired over sequences after the mean over calibration sets (one a point), in
+  `comparisons.jsonl` of `directory`; `correlations.jsonl` beside it has the rank correlations, layer by layer."""
+  tables = [{row["id"]: np.array(list(results.numbered(row, "sequence_")))
+             for row in results.read(point / "losses.jsonl")} for point in points]
   path = directory / "comparisons.jsonl"
   path.unlink(missing_ok=True)
   shown = rich_table.Table("claim", "bits", "arm", "against", "difference, nats", "of each set")
@@ -315,14 +316,18 @@ def summarise(directory: Path) -> None:
     delta, stderr = perplexity.paired(*(np.mean(part, axis=0) for part in zip(*both)))
     row = {"id": f"{claim}: {one} - {two}", "claim": claim, "arm": one, "against": two, "budget": budget,
            "difference": delta, "difference_ci95": 1.96 * stderr, "sets": len(both),
-           **{f"set_{i}": value for i, value in enumerate(each)}}
+           "config_hash": runs.hash_of(points), **{f"set_{i}": value for i, value in enumerate(each)}}
     results.append(path, row)
     shown.add_row(claim, f"{budget:g}", " ".join(sides[0]), " ".join(sides[1]),
                   f"{delta:+.4f} ± {1.96 * stderr:.4f}", " ".join(f"{value:+.4f}" for value in each))
-  found = [json.loads(p.read_text()) for p in sorted(directory.glob("*/correlations.json"))]
+  found = [json.loads(file.read_text()) for point in points if (file := point / "correlations.json").is_file()]
   console = rich_console.Console(width=200)
   console.print(shown)
-  for name in found[0] if found else ():
-    if "," in name:
-      console.print(f"rank correlation inside layers, {name}: "
-                    + "; ".join(f"{np.mean(one[name]):+.2f}" for one in found))
+  path = directory / "correlations.jsonl"
+  path.unlink(missing_ok=True)
+  for name in (name for name in (found[0] if found else ()) if "," in name):
+    console.print(f"rank correlation inside layers, {name}: "
+                  + "; ".join(" ".join(f"{value:+.2f}" for value in one[name]) for one in found))
+    for number, one in enumerate(found):
+      results.append(path, {"id": f"rank correlation of {name}, set {number}", "config_hash": one["config_hash"],
+                            **{f"layer_{layer}": value for layer, value in enumerate(one[name])}})

@@ -2,8 +2,9 @@
 
 Command:   PYTHONPATH=. .venv/bin/python -m experiments.switch_figures runs/switch
            (with pretrained/, finetuned/seed=N/ and track/POINT/ inside, as the docstrings of the two configs of the
-           training and of experiments/switch_track.py have them)
-Writes:    docs/figures/switch_*.png, experiments/results/switch_track.jsonl; prints the tables in Markdown
+           training and of experiments/switch_track.py have them); a second argument names another folder in place of
+           track/, such as xsum/ or one_bit/, whose files have that name, too
+Writes:    docs/figures/switch_*.png, experiments/results/switch_track*.jsonl; prints the tables in Markdown
 """
 
 import json
@@ -192,27 +193,33 @@ def width(place: Path) -> int:
 
 def main(argv: Sequence[str]) -> None:
   """Reads the folders and writes figures, rows and tables."""
-  place = Path(argv[1])
-  folders = sorted(path.parent for path in (place / "track").glob("*/rows.jsonl"))
-  runs = [read(folder) for folder in folders]
+  place, folder = Path(argv[1]), argv[2] if len(argv) > 2 else "track"
+  runs = [read(path.parent) for path in sorted((place / folder).glob("*/rows.jsonl"))]
+  if not runs:
+    raise SystemExit(f"{place / folder}: no folder with rows.jsonl; run experiments/switch_track.py first, with this"
+                     " --workdir")
+  name = "" if folder == "track" else f"_{folder}"
   lines = [json.dumps(row, sort_keys=True) for run in runs for row in run["rows"]]
-  artifacts.write_bytes(ROOT / "experiments/results/switch_track.jsonl", ("\n".join(lines) + "\n").encode())
-  log = lambda path: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-  logs = {"pre-training": log(place / "pretrained/model/training_log.jsonl"),
-          "fine-tuning, seed 0": log(place / "finetuned/seed=0/model/training_log.jsonl")}
+  artifacts.write_bytes(ROOT / f"experiments/results/switch_track{name}.jsonl", ("\n".join(lines) + "\n").encode())
+  text = f" ({folder})" if name else ""
   pictures = {
-      "loss": against_bits(runs, "loss_delta", "Switch Transformer: increase of held-out loss",
+      "loss": against_bits(runs, "loss_delta", f"Switch Transformer: increase of held-out loss{text}",
                            "nats per target token"),
-      "rouge2": against_bits(runs, "rouge2_delta", "Switch Transformer: change of ROUGE-2", "points of 100"),
-      "router_norms": norm_paths(logs, np.array(runs[0]["summary"]["scores"]["frequency"])),
-  }
-  for name, png in pictures.items():
-    artifacts.write_bytes(ROOT / f"docs/figures/switch_{name}.png", png)
+      "rouge2": against_bits(runs, "rouge2_delta", f"Switch Transformer: change of ROUGE-2{text}", "points of 100"),
+  } if len(budgets(runs)) > 1 else {}
+  if not name:
+    log = lambda path: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    logs = {"pre-training": log(place / "pretrained/model/training_log.jsonl"),
+            "fine-tuning, seed 0": log(place / "finetuned/seed=0/model/training_log.jsonl")}
+    pictures["router_norms"] = norm_paths(logs, np.array(runs[0]["summary"]["scores"]["frequency"]))
+  for kind, png in pictures.items():
+    artifacts.write_bytes(ROOT / f"docs/figures/switch{name}_{kind}.png", png)
   for title, text in (
       ("Full precision", _full(runs)), ("Loss increase", table(runs, "loss_delta", 5)),
       *((kind, table(runs, kind, 2)) for kind in rouge.KINDS),
       ("Loss, paired", paired_table(runs, "loss", 5, 1 / _targets(runs[0]))),
-      ("ROUGE-2, paired", paired_table(runs, "rouge2", 2, 100)), ("Correlations", correlation_table(runs)),
+      ("ROUGE-2, paired", paired_table(runs, "rouge2", 2, 100)),
+      ("ROUGE-1, paired", paired_table(runs, "rouge1", 2, 100)), ("Correlations", correlation_table(runs)),
       ("Norm change over both trainings", since_random_weights(place, runs)),
       ("Full precision with the text of another pair", _other_texts(runs))):
     print(f"\n{title}\n\n{text}")

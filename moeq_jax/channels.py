@@ -64,11 +64,6 @@ class ChannelStats(artifacts.Saved):
     """Sums of squared output gradients of a projection, `[L, E, N]`."""
     return getattr(self, f"grad_sq_{projection}")
 
-  def without_channels(self) -> artifacts.Stats:
-    """What scores of whole experts read."""
-    return artifacts.Stats(self.tokens, self.gate_weight, self.router_norm, self.router_grad, None, None,
-                           self.grad_sq_gate, self.grad_sq_up, self.grad_sq_down, self.total_tokens, self.batches)
-
 
 @dataclasses.dataclass(frozen=True)
 class ChannelErrors(artifacts.Saved):

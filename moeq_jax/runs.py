@@ -311,5 +311,33 @@ def sweep(text: str, overrides: Sequence[str], workdir: Path) -> None:
       artifacts.write_json(marker, mark)
 
 
+def points(workdir: Path, free: Sequence[str] | None = None) -> tuple[Path, list[Path]]:
+  """The points of one experiment, and the folder for what is said of all of them.
+
+  In a sweep, or with `--workdir=SET/NAME`, these are the runs in SET, which is the folder. A run that stands where
+  others do not belong to it (in `runs/`, beside runs of other files or settings) is a point alone, in its own folder.
+
+  Args:
+    workdir: of a run; it and all others have been made by `prepare`.
+    free: fields of the config in which points may differ, all below them included; None: in any.
+  """
+  folders = sorted(path.parent for path in workdir.parent.glob("*/config.json"))
+  own = _read(workdir / "config.json")
+
+  def belongs(folder: Path) -> bool:
+    other = _read(folder / "config.json")
+    kept = lambda config: {name: value for name, value in config.items() if name not in (free or ())}
+    return own.get("file") == other.get("file") and (free is None or kept(own) == kept(other))
+
+  together = workdir.resolve().parent != ROOT / "runs" and all(map(belongs, folders))
+  return (workdir.parent, folders) if together else (workdir, [workdir])
+
+
+def hash_of(points: Sequence[Path]) -> str:
+  """The `config_hash` of a row that was made of several points; of one point, its own."""
+  hashes = [artifacts.digest(_read(point / "config.json")) for point in points]
+  return hashes[0] if len(hashes) == 1 else artifacts.digest(sorted(hashes))
+
+
 def _field(override: str) -> str:
   return re.sub(r"^--?(no)?config\.", "", override.split("=", 1)[0])

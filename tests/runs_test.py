@@ -243,3 +243,22 @@ def test_the_command_is_one_that_a_shell_reads_back():
   for text in ("--config.export=('hf',)", "--config.codec=rtn(group=64)", "--config.checkpoint=a b'c$d", "--c='\"`"):
     assert shlex.split(runs._quoted(text)) == [text]
   assert runs._quoted("--config.export=('hf',)") == "\"--config.export=('hf',)\""
+
+
+def made(folder: Path, **fields) -> Path:
+  folder.mkdir(parents=True, exist_ok=True)
+  config = {"task": "experiment", "file": "experiments/a.py", "seed": 0} | fields
+  (folder / "config.json").write_text(json.dumps(config))
+  return folder
+
+
+def test_points_of_one_experiment_stand_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+  monkeypatch.setattr(runs, "ROOT", tmp_path)
+  one, two = made(tmp_path / "runs/set/one"), made(tmp_path / "runs/set/two", seed=1)
+  assert runs.points(one) == runs.points(two, free=("seed",)) == (tmp_path / "runs/set", [one, two])
+  assert runs.points(one, free=("length",)) == (one, [one])  # they differ in what may not differ
+  assert runs.hash_of([one]) != runs.hash_of([two]) and runs.hash_of([one, two]) == runs.hash_of([two, one])
+  made(tmp_path / "runs/set/three", file="experiments/b.py")
+  assert runs.points(one) == (one, [one])  # another experiment's rows are no points of this one
+  alone = made(tmp_path / "runs/a")
+  assert runs.points(alone) == (alone, [alone])  # what stands in runs/ by default leaves nothing beside it

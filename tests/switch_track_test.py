@@ -298,6 +298,17 @@ def test_mistakes_in_the_config_are_named(checkpoint: Path, tmp_path: Path, fiel
     task.run(changed, tmp_path)
 
 
+def test_calibration_does_not_hang_on_what_is_evaluated(checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
+  monkeypatch.setattr(pairs, "xsum", lambda: [pairs.Pair("xsum", str(i), f"red {i}", "green") for i in range(40)])
+  changed = config(checkpoint)
+  both = subjects.read_pairs(changed, subjects.open_checkpoint(changed)).calibration
+  changed.domains = ("xsum",)
+  news = subjects.read_pairs(changed, subjects.open_checkpoint(changed))
+  assert sum(len(rows["inputs"]) for rows in news.calibration) == changed.calibration
+  jax.tree.map(np.testing.assert_array_equal, news.calibration, both)
+  assert {pair.domain for pair in news.found} == {"xsum"} and len(news.found) == changed.evaluation
+
+
 def test_too_few_pairs_are_named(checkpoint: Path):
   changed = config(checkpoint)
   changed.evaluation = 80

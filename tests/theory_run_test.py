@@ -4,11 +4,12 @@ import math
 from pathlib import Path
 
 import ml_collections
+import numpy as np
 import pytest
 
 from moeq_jax import results, runs, theory_run
 from moeq_jax.report import theory
-from moeq_jax.theory import two_layer
+from moeq_jax.theory import quantization, two_layer
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,8 @@ def test_errors_fall_with_bits_and_the_noise_of_frequent_experts_on_rare_inputs_
       assert squares[-1] < squares[6] < max(squares[:3])
       assert row[f"noise_{quantizer}_frequent_own_4"] == 0 < row[f"noise_{quantizer}_frequent_cross_4"]
       assert row[f"noise_{quantizer}_rare_own_4"] > 0
-      assert 0 <= row[f"saved_{quantizer}_relevant_own_small"] <= 7
+      small, large = (row[f"average_{quantizer}_relevant_own_{end}"] for end in ("small", "large"))
+      assert small <= large  # rare inputs' own tokens are the hard ones: what protects them needs no more bits
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
@@ -86,7 +88,7 @@ def test_a_margin_out_of_reach_is_an_error_that_names_the_seeds(config: ml_colle
 
 def test_a_shift_is_recovered_from_errors_that_halve_with_every_bit():
   def row(noise: float) -> dict:
-    return {f"square_common_{kind}_{w:02d}": (noise * scale * 2.0 ** -(w / 2)) ** 2
+    return {f"square_common_{kind}_{w:02d}": (noise * scale * 2.0 ** -quantization.BITS[w]) ** 2
             for kind, scale in (("frequent", 1.0), ("rare", 2**1.5)) for w in range(15)}
 
   rows = [row(noise) for noise in (0.5, 1.0, 2.0)]
@@ -96,6 +98,17 @@ def test_a_shift_is_recovered_from_errors_that_halve_with_every_bit():
   middle, half = theory.shift(rows, "common", theory.HIGH_RESOLUTION)
   assert 1.5 < middle < 2  # the first seed's frequent experts still count
   assert half > 0.1
+
+
+def test_a_shift_is_a_distance_in_bits_whatever_the_errors_do_with_a_bit():
+  """Errors that fall faster with every bit, those of rare experts one bit later: at 2 bits they are apart by a factor
+  2.4, at 8 by far more, and one bit is still the shift."""
+  error = lambda bits: 2.0 ** -(bits**2 / 4)
+  row = {f"square_common_{kind}_{w:02d}": error(quantization.BITS[w] - late) ** 2
+         for kind, late in (("frequent", 0), ("rare", 1)) for w in range(15)}
+  middle, _ = theory.shift([row, row], "common", theory.LOW_RESOLUTION)
+  assert middle == pytest.approx(1, abs=0.02)  # interpolation is linear
+  assert theory._distance(np.array([np.nan] * 15), 0.0, 2.0) != theory._distance(np.zeros(15), -1.0, 2.0) == 7.0
 
 
 def test_slopes_and_intervals():

@@ -22,19 +22,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moeq_jax import artifacts, channels, registry
+from moeq_jax import channels, registry
 from moeq_jax.allocate import constraints, knapsack, problem
 
 CONSTRAINTS = ("none", "gate_equals_up", "projection", "expert", "per_layer_projection", "per_layer")
 DEFAULT = "none"
-
-
-def by_projection(costs: channels.BlockCosts) -> artifacts.CostTable:
-  """The costs of whole projections."""
-  starts = np.searchsorted(costs.projection, np.arange(len(costs.projections)))
-  summed = np.add.reduceat(costs.cost, starts, axis=2, dtype=np.float64)
-  sizes = tuple(int(size) for size in np.add.reduceat(costs.sizes, starts))
-  return artifacts.CostTable(summed, costs.widths, costs.score, costs.units, costs.projections, sizes)
 
 
 def units(costs: channels.BlockCosts, constraint: str) -> np.ndarray:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moeq_jax import channels, steps
-from moeq_jax.calibrate import spectrum, statistics, taps
+from moeq_jax.calibrate import layerwise, spectrum, statistics, taps
 from moeq_jax.kernels.chunks import chunks, fill
 
 _INPUTS = {"input": "input_sq", "mid": "mid_sq"}
@@ -78,14 +78,18 @@ def update(functions: Any, block: Any, sums: dict[str, jax.Array], state: Any, d
   return jax.tree.map(jnp.add, sums, batch), d_input
 
 
-def of_rows(rows: np.ndarray, mids: np.ndarray, *, rank: int = spectrum.RANK,
+def of_rows(rows: np.ndarray, mids: np.ndarray, expert: int | None = None, *, rank: int = spectrum.RANK,
             damping: float = spectrum.DAMPING) -> dict[str, np.ndarray]:
   """The fields of `ChannelStats` that the inputs of one expert decide, from its rows: for callers that hold one expert
   at a time.
 
   Args:
     rows, mids: `[R, D]` and `[R, F]`, inputs of gate and up, and of down; R may be 0.
+    expert: its number, for errors.
     rank, damping: as for `collect`.
+
+  Raises:
+    layerwise.NotFiniteError: a sum over the rows is not finite; names it.
 
   Returns:
     `input_sq` `[D]` and `mid_sq` `[F]` float32, `condition` and `log_am_gm` `[2, 3]` float64.
@@ -97,6 +101,8 @@ def of_rows(rows: np.ndarray, mids: np.ndarray, *, rank: int = spectrum.RANK,
     for place, size in chunks(len(values)):
       own, gram = _row_sums(fill(values[place], size), test)
       squares, sketch = squares + np.asarray(own), sketch + np.asarray(gram)
+    for name, values in ((_INPUTS[side], squares), (_SKETCHES[side], sketch)):
+      layerwise.check_finite(values, name, expert)
     found[_INPUTS[side]] = squares
     sides.append(spectrum.summarise(sketch, squares, damping))
   return found | {field: np.stack([getattr(side, field) for side in sides]) for field in ("condition", "log_am_gm")}
@@ -162,17 +168,19 @@ def finish(functions: Any, blocks: Sequence[Any], sums: Sequence[dict[str, jax.A
   routers = np.stack([np.asarray(functions.router(block), np.float64) for block in blocks])
   sides = [spectrum.summarise(stacked.pop(_SKETCHES[name]), stacked[_INPUTS[name]], damping)
            for name in channels.SIDES]
+  summaries = {field: np.stack([getattr(side, field) for side in sides], axis=2)
+               for field in ("condition", "log_am_gm")}
+  statistics.check_finite(summaries)
   mean_square = stacked.pop("router_grad_sq").astype(np.float64) / batches
   absent = {field: None for field in statistics.TAPPED.values() if field not in stacked}
   stacked |= {"tokens": stacked["tokens"].astype(np.int64), "gate_weight": stacked["gate_weight"].astype(np.float64)}
   return channels.ChannelStats(
       router_norm=np.linalg.norm(routers, axis=-1),
       router_grad=np.sqrt(mean_square),
-      condition=np.stack([side.condition for side in sides], axis=2),
-      log_am_gm=np.stack([side.log_am_gm for side in sides], axis=2),
       damping=damping,
       total_tokens=total_tokens,
       batches=batches,
+      **summaries,
       **stacked,
       **absent,
   )

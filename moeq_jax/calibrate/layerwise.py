@@ -149,7 +149,7 @@ def _through_experts(functions: Any, experts: Experts, batches: Sequence[_Batch]
       return
     loaded, rows = experts(expert), seats.tokens([batch.rows for batch in batches])
     out, mids = _run(functions, loaded, rows)
-    _check_finite(out, "output", expert)
+    check_finite(out, "output", expert)
     for total, ((token, _), part) in zip(y, seats.split(out * weights[:, None])):
       total[token] += part
     del out
@@ -192,7 +192,7 @@ def _after(functions: Any, block: Any, pending: Any, y: jax.Array) -> Any:
 
 def _halfway(functions: Any, block: Any, state: Any) -> _Batch:
   pending, rows, routing = _on_host(_before(functions, block, state))
-  _check_finite(routing.weights, "a routing weight")  # a row whose weight is NaN would reach no expert
+  check_finite(routing.weights, "a routing weight")  # a row whose weight is NaN would reach no expert
   return _Batch(pending, rows, routing.experts, routing.weights)
 
 
@@ -256,7 +256,7 @@ def backward_layer(functions: Any, block: Any, experts: Experts, states: Sequenc
     router_grad_sq += np.asarray(squares, np.float64)
     before.append(_on_host(d_state))
   for expert in range(len(router_grad_sq)):
-    _check_finite(router_grad_sq[expert], "router's gradient", expert)
+    check_finite(router_grad_sq[expert], "router's gradient", expert)
   return before, LayerGradients(router_grad_sq, grad_sq)
 
 
@@ -285,7 +285,7 @@ def _back_through_experts(functions: Any, experts: Experts, batches: Sequence[_B
     rows = seats.tokens([batch.rows for batch in batches])
     own_rows, own_weights, squares = _run_backward(functions, experts(expert), rows, seats.tokens(d_y), gates)
     for name, square in squares.items():
-      _check_finite(square, f"gradient of {name}", expert)
+      check_finite(square, f"gradient of {name}", expert)
       grad_sq[name][expert] = square
     for total, ((token, _), part) in zip(d_rows, seats.split(own_rows)):
       total[token] += part
@@ -367,7 +367,8 @@ def _cast(weights: Weights, dtype: np.dtype) -> dict[str, jax.Array]:
   return {name: jnp.asarray(weight).astype(dtype) for name, weight in weights.items()}
 
 
-def _check_finite(values: np.ndarray, what: str, expert: int | None = None) -> None:
+def check_finite(values: np.ndarray, what: str, expert: int | None = None) -> None:
+  """Raises `NotFiniteError` unless all values are finite; names what they are, and of which expert."""
   if not np.isfinite(values).all():
     whose = "" if expert is None else f" of expert {expert}"
     raise NotFiniteError(f"{what}{whose} is not finite; the model overflows in this compute dtype, or the checkpoint is"

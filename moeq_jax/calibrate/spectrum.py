@@ -1,8 +1,8 @@
 """How unequal the eigenvalues of an expert's input Gram matrix are, from a sketch of it that fits beside the vectors.
 
 The Gram matrix `M = sum_t x_t x_t^T` `[N, N]` is never made. For a fixed Gaussian matrix `T` `[N, R]` of test vectors,
-`Y = M T` is a sum over tokens like the others (`taps.sketch`), and the diagonal of M is the sum of the squared inputs.
-With `N <= R`, T is the identity and everything is exact.
+`Y = M T` is a sum over tokens like the others (`taps.group_sums`), and the diagonal of M is the sum of the squared
+inputs. With `N <= R`, T is the identity and everything is exact.
 
 What codecs see is damped as in GPTQ: `M + d`, with d a share of the mean eigenvalue. That also gives a singular matrix,
 of a dead channel or of fewer tokens than channels, a finite condition. Two bounds are certain, up to rounding in

@@ -126,10 +126,7 @@ def finish(functions: Any, blocks: Sequence[Any], sums: Sequence[dict[str, jax.A
     ValueError: a sum is not finite; names it, its layer and its expert.
   """
   stacked = {name: np.stack([np.asarray(s[name]) for s in sums]) for name in sums[0]}
-  for name, values in stacked.items():
-    for layer, expert, *_ in np.argwhere(~np.isfinite(values))[:1]:
-      raise ValueError(f"calibration: {name} of layer {layer}, expert {expert} is not finite; the model overflows"
-                               " in this compute dtype, or the checkpoint is damaged")
+  check_finite(stacked)
   routers = np.stack([np.asarray(functions.router(block), np.float64) for block in blocks])
   stacked["tokens"] = stacked["tokens"].astype(np.int64)
   stacked["gate_weight"] = stacked["gate_weight"].astype(np.float64)

@@ -8,6 +8,7 @@ counts it all the same (`BlockPlan.permutation_bits`), `stored_bits` does not.
 """
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,11 +24,12 @@ from moeq_jax.quantize import measure
 from moeq_jax.quantize.subject import Subject
 from moeq_jax.scores import channels as scores
 
+log = logging.getLogger(__name__)
 _STORED, _LISTED = 8, 16  # bytes of a block's width and offset in the file, and of a number in the manifest
 
 
 def resolved(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-  """The config with `config.block` as an option of its method.
+  """The config with `config.block` as an option of its method; warns where its score does not tell neurons apart.
 
   Raises:
     ValueError: a block that storage does not know, a method that has no blocks, or two different blocks.
@@ -41,6 +43,10 @@ def resolved(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
                      " for example --config.method='knapsack(fisher_error)'")
   if spec.kwargs.get("block", block) != block:
     raise ValueError(f"config.block={block}, and config.method={config.method}: name one block")
+  if "block" not in spec.kwargs and methods.score_of(config.method) == "router_grad_error":
+    log.warning("config.block=%d: router_grad_error weighs all neurons of an expert alike, and blocks by it were worse"
+                " than whole experts (docs/channelwise.md); --config=configs/quantize.py:blocks or"
+                " --config.method='knapsack(fisher_error)' is the score for blocks", block)
   changed = ml_collections.ConfigDict(config.to_dict(), convert_dict=True)
   changed.method = str(registry.Spec(spec.name, spec.args, spec.kwargs | {"block": block}))
   return changed

@@ -43,11 +43,16 @@ class Encoding:
     """What a product's key says of it."""
     return {"codec": str(self.codec), "widths": list(self.widths)} | ({"neurons": True} if self.neurons else {})
 
-  def expert(self, weights: Mapping[str, np.ndarray], rows: Any, mids: Any, **gradients: Any) -> dict[str, Any]:
-    """The errors of one expert, see `encode.stream`; of neurons with what `ChannelStats` says of its inputs."""
+  def expert(self, number: int, weights: Mapping[str, np.ndarray], rows: Any, mids: Any,
+             **gradients: Any) -> dict[str, Any]:
+    """The errors of one expert, see `encode.stream`; of neurons with what `ChannelStats` says of its inputs.
+
+    Raises:
+      layerwise.NotFiniteError: sums of squares over its inputs are not finite; names them and the expert.
+    """
+    seen = channel_statistics.of_rows(rows, mids, number) if self.neurons and rows is not None else {}
     ask = functools.partial(stream.channel_errors if self.neurons else stream.expert_errors, weights, rows, mids)
-    found = ask(codec=self.codec, widths=self.widths, **gradients)
-    return found | (channel_statistics.of_rows(rows, mids) if self.neurons and rows is not None else {})
+    return ask(codec=self.codec, widths=self.widths, **gradients) | seen
 
 
 def text_states(subject: Subject, text: user_text.Text, name: str, *, keep: bool) -> states_lib.States:
@@ -116,7 +121,7 @@ def _forward_layer(subject: Subject, states: states_lib.States, layer: int, enco
   table: dict[int, dict[str, np.ndarray]] = {}
 
   def visit(expert: int, weights: Mapping[str, np.ndarray], rows: Any, mids: Any) -> None:
-    table[expert] = encoding.expert(weights, rows, mids)
+    table[expert] = encoding.expert(expert, weights, rows, mids)
 
   after, stats = forward_layer(subject, layer, states.at(layer), visit if encoding else None)
   fresh.append(after)
@@ -203,7 +208,7 @@ def _errors_layer(subject: Subject, states: states_lib.States | None, layer: int
 
   def visit(expert: int, weights: Mapping[str, np.ndarray], rows: Any, mids: Any) -> None:
     squares = {name: gradients[f"grad_sq_{name}"][expert] for name in weights} if gradients else None
-    table[expert] = encoding.expert(weights, rows, mids, grad_sq=squares, total_tokens=tokens)
+    table[expert] = encoding.expert(expert, weights, rows, mids, grad_sq=squares, total_tokens=tokens)
 
   if states is None:
     for expert in range(subject.source.experts):

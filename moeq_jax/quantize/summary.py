@@ -73,7 +73,7 @@ def write(config: ml_collections.ConfigDict, out: Outcome) -> None:
       "evaluation": _evaluation(opened, out.losses),
       "unrouted": unrouted,
       "sweeps": _sweeps(config, opened),
-      "policies": _policies(opened, unrouted),
+      "policies": _policies(opened, unrouted, chosen.plan),
       "exports": [{"name": path.name, "bytes": sum(f.stat().st_size for f in path.iterdir())} for path in out.copies],
       "tools": _tools(config, chosen.plan, source.config.family),
   })
@@ -138,11 +138,17 @@ def _sweeps(config: ml_collections.ConfigDict, opened: Any) -> list[str]:
   return [*said, f"Encoding sweep: {opened.codec}{rows}."]
 
 
-def _policies(opened: Any, unrouted: Sequence[Any]) -> list[str]:
+def _policies(opened: Any, unrouted: Sequence[Sequence[int]], plan: Any) -> list[str]:
   said = ["Routers, norms, attention, embeddings and dense layers stay as they are stored; every expert weight is"
           " quantized (100%)."]
+  if unrouted:
+    bits = [plan.bits[opened.subject.sparse.index(layer), expert].ravel() for layer, expert in unrouted]
+    widths = ", ".join(str(width) for width in np.unique(np.concatenate(bits)))
+    said.append(f"Experts that saw no calibration token are stored at {widths} bits: a score that weighs experts by"
+                " what calibration saw gives them the least. Their weights are never zeroed; text that uses them may"
+                " lose more than is measured here.")
   if unrouted and opened.needs.rows:
-    said.append("An expert that saw no calibration token is rounded to nearest; its weights are never zeroed.")
+    said.append("Such an expert is rounded to nearest, for want of inputs.")
   return said
 
 

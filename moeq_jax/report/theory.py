@@ -50,21 +50,34 @@ def log_ratio(row: Row, learned: bool) -> float:
 
 
 def shift(rows: Sequence[Row], quantizer: str, widths: Sequence[int]) -> tuple[float, float]:
-  """By how many bits rare experts lag behind frequent ones, and half the width of the middle 95% of its bootstrap.
+  """How many bits more the rare experts need, and half the width of the middle 95% of its bootstrap.
 
-  The mean over the widths of log2(E_rare / E_frequent), where E is the root mean square of the relative error of
-  h_s(own token) over seeds: each bit halves a rounding error, so a factor 2 at one width is a shift by one bit.
+  For each of the widths: how far to the right the curve of the rare experts' errors against bits has the error that
+  frequent ones have at this width, by linear interpolation of log2 of the error; the mean over the widths. An error is
+  the root mean square over seeds of the relative error of h_s(own token). Beyond the last width each bit halves it.
   """
-  squares = {kind: np.array([[row[f"square_{quantizer}_{kind}_{w:02d}"] for w in widths] for row in rows], np.float64)
-             for kind in ("rare", "frequent")}
+  squares = {kind: np.array([[row[f"square_{quantizer}_{kind}_{w:02d}"] for w in range(len(quantization.LEVELS))]
+                             for row in rows], np.float64) for kind in ("rare", "frequent")}
 
-  def lag(seeds: np.ndarray) -> np.ndarray:
-    rare, frequent = (_mean_of_known(squares[kind][seeds]) for kind in ("rare", "frequent"))
-    return np.log2(rare / frequent).mean(-1) / 2
+  def lag(seeds: np.ndarray) -> float:
+    with np.errstate(divide="ignore"):
+      rare, frequent = (np.log2(_mean_of_known(squares[kind][seeds])) / 2 for kind in ("rare", "frequent"))
+    return float(_mean_of_known(np.array([[_distance(rare, frequent[w], quantization.BITS[w])] for w in widths]))[0])
 
   draws = np.random.default_rng(0).integers(len(rows), size=(RESAMPLES, len(rows)))
-  low, high = np.nanpercentile(lag(draws), [2.5, 97.5])
-  return float(lag(np.arange(len(rows)))), float(high - low) / 2
+  low, high = np.nanpercentile([lag(draw) for draw in draws], [2.5, 97.5])
+  return lag(np.arange(len(rows))), float(high - low) / 2
+
+
+def _distance(curve: np.ndarray, error: float, bits: float) -> float:
+  """How many bits right of `bits` the curve, log2 of the error at every width, comes down to `error`."""
+  known = np.isfinite(curve)
+  if not np.isfinite(error) or not known.any():
+    return math.nan
+  widths, falling = np.array(quantization.BITS)[known], np.minimum.accumulate(curve[known])
+  if error < falling[-1]:
+    return widths[-1] + falling[-1] - error - bits
+  return float(np.interp(-error, -falling, widths)) - bits
 
 
 def _mean_of_known(values: np.ndarray) -> np.ndarray:

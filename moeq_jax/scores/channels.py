@@ -13,6 +13,7 @@ with the matrix multiplier M = (tr F / mean)^eta (AM/GM of the input's eigenvalu
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,8 +24,10 @@ import numpy as np
 from moeq_jax import channels, registry
 
 KINDS = ("kurtosis", "max_median", "singular")
-ZETA = {"rtn": 1.0, "hqq": 1.0, "gptq": 0.0}  # GPTQ moves its errors to where ill-conditioned inputs do not see them
+# GPTQ moves its errors to where ill-conditioned inputs do not see them
+ZETA = {"rtn": 1.0, "hqq": 1.0, "gptq": 0.0, "gptq_official": 0.0}
 _STEPS = 30  # of the power iteration
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,15 +152,23 @@ def conditions(stats: channels.ChannelStats, projections: Sequence[str]) -> np.n
   """Estimated log AM/GM of the eigenvalues of every projection's input Gram matrix, `[L, E, P]`.
 
   An expert with fewer tokens than the matrix has channels shows its number of tokens, not its inputs: it gets the mean
-  of its layer's other experts, weighted by tokens; 0 where there are none.
+  of its layer's other experts, weighted by tokens, or of the whole model's where its layer has none. Where no expert of
+  the model saw enough tokens for a projection, nothing is known of the others' relation to it, and all are 0, which is
+  said in a warning.
   """
   found = []
   for name in projections:
     values, tokens = stats.log_am_gm[:, :, channels.SIDE[name], 1], stats.tokens.astype(np.float64)
-    enough = tokens >= stats.inputs(name).shape[-1]
-    weight = np.where(enough, tokens, 0.0)
-    mean = (values * weight).sum(1, keepdims=True) / np.maximum(weight.sum(1, keepdims=True), 1.0)
-    found.append(np.where(enough, values, mean))
+    size = stats.inputs(name).shape[-1]
+    weight = np.where(tokens >= size, tokens, 0.0)
+    if not weight.any():
+      log.warning("condition numbers are left out of the costs: no expert saw as many tokens as the input of %s has"
+                  " channels (%d, at most %d tokens); calibrate on more text", name, size, int(tokens.max(initial=0)))
+      return np.zeros((*tokens.shape, len(projections)))
+    of_layer = weight.sum(1, keepdims=True)
+    mean = np.where(of_layer > 0, (values * weight).sum(1, keepdims=True) / np.maximum(of_layer, 1.0),
+                    (values * weight).sum() / weight.sum())
+    found.append(np.where(weight > 0, values, mean))
   return np.stack(found, axis=-1)
 
 

@@ -111,14 +111,15 @@ def methods_for(config: ml_collections.ConfigDict, subject: workspace.Subject) -
 
 
 def read_pairs(config: ml_collections.ConfigDict, subject: workspace.Subject) -> Pairs:
-  """Reads the pairs: calibration from the training side, the rest held out, all domains in equal shares.
+  """Reads the pairs: calibration from the training side (of `pairs.DOMAINS`, whatever is evaluated), the rest held
+  out, all domains in equal shares.
 
   Raises:
     ValueError: pairs that do not fill whole batches, or fewer than are asked for.
   """
   size, domains = config.batch, config.domains
   held_out = {d: pairs.xsum() if d == "xsum" else [p for p in pairs.held_out() if p.domain == d] for d in domains}
-  share = lambda name: _share(name, config[name], len(domains), size)
+  share = lambda name, among=domains: _share(name, config[name], len(among), size)
   evaluation, damage, written = share("evaluation"), share("damage"), share("written")
   if not 0 < written <= evaluation:
     raise ValueError(f"config.written={config.written}: between 1 and config.evaluation={config.evaluation} pairs")
@@ -131,7 +132,7 @@ def read_pairs(config: ml_collections.ConfigDict, subject: workspace.Subject) ->
     chosen["evaluation"] += own
     chosen["written"] += [own[i * evaluation // written] for i in range(written)]
     chosen["damage"] += [p for i, p in enumerate(spread) if i not in first]
-  chosen["calibration"] = _calibration(share("calibration"))
+  chosen["calibration"] = _calibration(share("calibration", pairs.DOMAINS))
   batches = {name: _batches(found, size, config, subject) for name, found in chosen.items()}
   return Pairs(**batches, found=chosen["evaluation"], found_written=chosen["written"],
                digest=artifacts.digest({name: user_text.digest(part) for name, part in sorted(batches.items())}))

@@ -276,11 +276,15 @@ def test_mistakes_are_found_before_any_work(run: Callable[..., Path], tmp_path: 
   assert not [path for path in (tmp_path / "run").iterdir() if path.name not in runs.NOTES]
 
 
-def test_the_block_becomes_an_option_of_the_method_once():
+def test_the_block_becomes_an_option_of_the_method_once(caplog: pytest.LogCaptureFixture):
   config = runs.load_config("configs/quantize.py", ["--config.checkpoint=x", "--config.block=64"])
   once = blocks.resolved(config)
   assert once.method == "knapsack(router_grad_error, block=64)" and config.method == "knapsack(router_grad_error)"
+  assert "quantize.py:blocks" in caplog.text
+  caplog.clear()
   assert blocks.resolved(once).method == once.method
+  for_blocks = runs.load_config("configs/quantize.py:blocks", ["--config.checkpoint=x", "--config.block=32"])
+  assert blocks.resolved(for_blocks).method == "knapsack(fisher_error, block=32)" and not caplog.text
 
 
 def test_a_dry_run_knows_blocks(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -118,5 +118,6 @@ def test_an_expert_that_no_token_reached_is_named_and_kept(tmp_path: Path):
   assert report["unrouted"] == [list(tiny.UNROUTED)]
   bits = np.array(json.loads((tmp_path / "run" / "plan.json").read_text())["bits"])
   assert bits[tiny.UNROUTED] == 2  # the least frequent expert gets the low width
+  assert any("no calibration token are stored at 2 bits" in said for said in report["policies"])
   opened = subject.open_source(workspace.Workdir(tmp_path / "open"), str(checkpoint), "float32")
   assert planning.routers(opened).shape == (2, 6, 64)

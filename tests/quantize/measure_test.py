@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from moeq_jax import artifacts, codecs, user_text, workspace
+from moeq_jax.calibrate import layerwise
 from moeq_jax.models import convert
 from moeq_jax.quantize import measure, planning, subject
 from tests import tiny
@@ -100,6 +101,17 @@ def test_what_is_not_finite_is_named_with_its_block(opened: subject.Subject, tex
   states.put(block, [np.full_like(state, np.inf) for state in states.at(block)])
   with pytest.raises(ValueError, match=f"block {block}: a routing weight is not finite"):
     getattr(measure, sweep)(elsewhere, text, states, *[None] * (sweep == "forward"))
+
+
+@pytest.mark.parametrize("value", [3e19, 1.5e19])
+def test_sums_of_squares_that_overflow_name_the_expert(value: float):
+  """Both values are finite; the first's square is not, of the second the sum with another, or the sketch."""
+  weights = {name: np.asarray(w[3]) for name, w in tiny.functions().experts(tiny.model().blocks[0]).items()}
+  rows, mids = np.ones((9, weights["gate"].shape[0]), np.float32), np.ones((9, weights["down"].shape[0]), np.float32)
+  mids[:2, 5] = value
+  encoding = measure.Encoding(codecs.get("rtn(group=32)"), (2, 3), neurons=True)
+  with pytest.raises(layerwise.NotFiniteError, match="of expert 3 is not finite; the model overflows"):
+    encoding.expert(3, weights, rows, mids)
 
 
 def test_experts_are_read_from_disk_a_projection_at_a_time(opened: subject.Subject):

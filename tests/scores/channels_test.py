@@ -102,8 +102,6 @@ def true_increase(spec: str, axis: str, bits: int) -> np.ndarray:
 @pytest.mark.parametrize("spec", ["rtn(group=0)", "hqq(group=0)"])
 def test_predicted_rows_rank_as_the_true_loss_increase(spec: str, axis: str):
   """Spearman above 0.9 at 4 bits, over all rows of all matrices and within each matrix."""
-  if spec.startswith("hqq") and axis == "outputs":
-    axis = "neurons"
   found = toy_evidence(spec, axis)
   predicted, true = scores.fisher_error(found, zeta=0.0)[0, ..., -1], true_increase(spec, axis, 4)
   assert scipy_stats.spearmanr(predicted.ravel(), true.ravel()).statistic > 0.9
@@ -180,6 +178,7 @@ def test_the_condition_counts_for_codecs_that_round_and_not_for_gptq():
   e = evidence()
   gptq = dataclasses.replace(e, errors=dataclasses.replace(e.errors, codec="gptq(group=32)"))
   assert [scores.default_zeta(spec) for spec in ("rtn", "hqq(group=64)", "gptq(group=64)")] == [1, 1, 0]
+  assert set(scores.ZETA) == set(codecs.TABLE)
   np.testing.assert_allclose(scores.fisher_error(gptq), e.errors.fisher)
   assert not np.allclose(scores.fisher_error(e), e.errors.fisher, rtol=0.01)
   assert scores.as_cost("fisher_error", gptq).units == "nats"
@@ -221,8 +220,20 @@ def test_experts_with_fewer_tokens_than_channels_get_the_others_condition():
   assert enough.any() and not enough[2]
   mean = (few.log_am_gm[0, :, 0, 1] * tokens[0] * enough).sum() / (tokens[0] * enough).sum()
   assert found[0, 2, 0] == pytest.approx(mean) and found[0, enough, 0] == pytest.approx(few.log_am_gm[0, enough, 0, 1])
-  np.testing.assert_array_equal(found[1], 0)  # no expert of this layer saw enough
+  np.testing.assert_allclose(found[1, :, 0], mean)  # no expert of this layer saw enough: those of the others did
   assert np.isfinite(scores.multiplier(few, names, eta=1, zeta=1)).all()
+
+
+def test_a_projection_that_no_expert_saw_enough_tokens_for_does_not_become_cheap(caplog: pytest.LogCaptureFixture):
+  """Down has more input channels than gate and up here, and tokens lie between: it would seem perfectly conditioned."""
+  stats, names = channels_test.stats(), ("gate", "up", "down")
+  sizes = [stats.inputs(name).shape[-1] for name in names]
+  assert sizes[2] > sizes[0]
+  between = dataclasses.replace(stats, tokens=np.full_like(stats.tokens, sizes[2] - 1))
+  np.testing.assert_array_equal(scores.conditions(between, names), 0)
+  assert "input of down has channels (96, at most 95 tokens)" in caplog.text
+  plain = scores.multiplier(between, names, eta=1, zeta=0)
+  np.testing.assert_array_equal(scores.multiplier(between, names, eta=1, zeta=1), plain)
 
 
 def test_an_expert_without_tokens_costs_nothing_by_gradients_and_something_by_weights():
