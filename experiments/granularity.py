@@ -46,7 +46,7 @@ from moeq_jax.encode import candidates, neurons, rotation
 from moeq_jax.evaluate import perplexity
 from moeq_jax.scores import channels as scores
 
-CHECKPOINTS = ("experiments/models/moeq-small", "experiments/models/moeq-experts64")
+CHECKPOINT = "experiments/models/moeq-small"
 CODECS = ("gptq(group=64)", "rtn(group=64)")
 BUDGETS = (2.0, 2.5, 3.0)  # effective bits without scales and zeros
 WIDTHS, Bank = granularity_codes.WIDTHS, granularity_codes.Bank
@@ -79,11 +79,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
 
 def sweep(add) -> None:
-  """One point per model, basis and calibration set."""
+  """One point per calibration set, and one in the rotated basis; other models by `--config.checkpoint` of a run."""
   for seed in (0, 1, 2):
-    for checkpoint in CHECKPOINTS:
-      for basis in ("none", "hadamard"):
-        add({"checkpoint": checkpoint, "rotation": basis, "calibration_seed": seed})
+    add({"checkpoint": CHECKPOINT, "rotation": "none", "calibration_seed": seed})
+  add({"checkpoint": CHECKPOINT, "rotation": "hadamard", "calibration_seed": 0})
 
 
 # ---------------------------------------------------------------------------------------------------------------------

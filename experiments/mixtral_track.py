@@ -11,7 +11,8 @@ Command:   ./launch.sh sweep --config=experiments/mixtral_track.py --workdir=run
            PYTHONPATH=. .venv/bin/python -m experiments.mixtral_track_summary runs/mixtral_track
 Hardware:  2 CPU cores, 4 GiB
 Expected:  docs/mixtral_track.md
-Options:   as in configs/quickstart.py; `:smoke` is the fewest plans and tokens
+Options:   fields as in configs/quickstart.py; `:smoke` is the fewest plans and tokens. The order wants
+           router_init.safetensors beside the checkpoint (the routers from before training)
 """
 
 import ml_collections

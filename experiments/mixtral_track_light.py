@@ -11,6 +11,7 @@ Expected:  about three minutes a point; docs/mixtral_track.md, "What came out: S
 
 import ml_collections
 
+from configs import common
 from experiments import mixtral_track
 
 
@@ -18,7 +19,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   """The base; `arg` may be `smoke`."""
   config = mixtral_track.get_config(arg)
   config.file = "experiments/mixtral_track_light.py"
-  if arg != "smoke":
+  if not common.parse_arg(arg, smoke=False).smoke:
     config.update(length=128, evaluation=8)
   return config
 

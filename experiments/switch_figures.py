@@ -202,12 +202,12 @@ def main(argv: Sequence[str]) -> None:
   lines = [json.dumps(row, sort_keys=True) for run in runs for row in run["rows"]]
   artifacts.write_bytes(ROOT / f"experiments/results/switch_track{name}.jsonl", ("\n".join(lines) + "\n").encode())
   text = f" ({folder})" if name else ""
-  pictures = {
-      "loss": against_bits(runs, "loss_delta", f"Switch Transformer: increase of held-out loss{text}",
-                           "nats per target token"),
-      "rouge2": against_bits(runs, "rouge2_delta", f"Switch Transformer: change of ROUGE-2{text}", "points of 100"),
-  } if len(budgets(runs)) > 1 else {}
+  pictures = {}
+  if len(budgets(runs)) > 1:
+    pictures["loss"] = against_bits(runs, "loss_delta", f"Switch Transformer: increase of held-out loss{text}",
+                                    "nats per target token")
   if not name:
+    pictures["rouge2"] = against_bits(runs, "rouge2_delta", "Switch Transformer: change of ROUGE-2", "points of 100")
     log = lambda path: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     logs = {"pre-training": log(place / "pretrained/model/training_log.jsonl"),
             "fine-tuning, seed 0": log(place / "finetuned/seed=0/model/training_log.jsonl")}

@@ -8,7 +8,7 @@ input is wrong.
 
 Command:   ./launch.sh run --config=experiments/theory.py --workdir=runs/theory
 Hardware:  2 CPU cores, 2 GiB
-Expected:  about eight minutes of CPU time (extrapolated); runs/theory/tables.md and figures/
+Expected:  an hour on busy cores; runs/theory/tables.md and figures/ (docs/theory.md)
 Options:   `:smoke` one small setting of each design with two seeds, in seconds
 """
 
@@ -51,3 +51,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.update(seeds=2, bases=1, test=256, most=1000, trained=(f"B(alpha=0.2, {small.replace('64', '32', 1)})",),
                   quantized=(f"A(alpha=0.2, {small})", f"B(alpha=0.2, {small})"))
   return config
+
+
+def sweep(add) -> None:
+  """One point: all settings are in one run, which goes on where it was."""
+  add({})

@@ -32,12 +32,13 @@ def test_the_light_form_has_the_same_points_without_measured_damage():
     assert (config.damage.sequences, config.length) == (0, 128)
 
 
-def fake(folder: Path, model: str, point: str, changes: dict, rule: float, *, damage: bool = False) -> None:
-  """A finished run whose rule loses `rule` nats more than its reverse on every sequence."""
+def fake(folder: Path, model: str, point: str, changes: dict, rule: float, *, damage: bool = False,
+         last: float = 6.5) -> None:
+  """A finished run whose rule loses `rule` nats more than its reverse on every sequence; `last`: loss of the last."""
   place = folder / model / point
   config = runs.plain(runs.load_config(CONFIG)) | {"domains": ["wiki", "code"], "evaluation": 2} | changes
   artifacts.write_json(place / "config.json", config)
-  base = np.array([3.0, 4.0, 5.0, 6.5])
+  base = np.array([3.0, 4.0, 5.0, last])
   values = {"full": (None, base), "uniform": (2.5, base + 0.5), mixtral_track.REVERSE: (2.5, base + 0.1),
             mixtral_track.RULE: (2.5, base + 0.1 + rule)}
   for method, (budget, loss) in values.items():
@@ -81,7 +82,14 @@ def test_domains_are_told_apart():
 
 def test_calibration_sets_are_averaged_and_other_factors_are_not(folder: Path):
   found = mixtral_track_summary.over_sets(folder, "m")
-  assert found[mixtral_track.REVERSE] == pytest.approx((-0.1, 0, 2), abs=1e-9)  # of 0.2 and -0.4; not the router's 0.3
+  assert found[mixtral_track.REVERSE] == pytest.approx((-0.1, 0, 2, 4), abs=1e-9)  # of 0.2, -0.4; not the router's 0.3
+
+
+def test_only_sequences_that_all_sets_were_evaluated_on_are_averaged(folder: Path):
+  fake(folder, "n", "base", {}, 0.2)
+  fake(folder, "n", "other-windows", {"calibration_set": 1}, 0.4, last=7.5)
+  found = mixtral_track_summary.over_sets(folder, "n")
+  assert found["uniform"] == pytest.approx((-0.1, 0, 2, 3), abs=1e-9)
 
 
 def test_a_norm_change_keeps_its_own_sign(folder: Path):
