@@ -85,7 +85,8 @@ def ranks(model: str, place: Path) -> list[results.Row]:
     agreed = damage_lib.agreement(name, sign * np.array(values, np.float64), damage)
     layers = np.array([value for value in agreed.layers if value is not None])
     found.append({
-        "id": f"{model}/{name}", "model": model, "score": name, "config_hash": stamp, "inside": agreed.inside, "over_all": agreed.over_all,
+        "id": f"{model}/{name}", "model": model, "score": name, "config_hash": stamp,
+        "inside": agreed.inside, "over_all": agreed.over_all,
         "inside_ci95": float(_few(len(layers)) * layers.std(ddof=1) / np.sqrt(len(layers))), "layers": len(layers),
         "layers_positive": int((layers > 0).sum()), "damage_bits": damage.bits, "damage_tokens": damage.tokens,
         "damage_noise_share": damage.noise_share(), "chance": damage_lib.chance(damage),

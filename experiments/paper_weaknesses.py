@@ -16,9 +16,9 @@ Command:   ./launch.sh sweep --config=experiments/paper_weaknesses.py --workdir=
            `:light` is round-to-nearest on less text: a minute, without the claim on GPTQ; `:matrices` compares GPTQ's
            variants by the output error of one layer: half a minute
 Hardware:  2 CPU cores, 3 GiB
-Expected:  about ten minutes on idle cores; three calibration sets, one folder each. The last prints the comparisons,
-           which are then in runs/paper_weaknesses/comparisons.jsonl. experiments/results/paper_weaknesses.jsonl holds
-           rows and comparisons of `:light`
+Expected:  about a quarter of an hour on idle cores; three calibration sets, one folder each. The last prints the
+           comparisons; rows, comparisons and rank correlations are then in runs/paper_weaknesses/all.jsonl, which is
+           experiments/results/paper_weaknesses.jsonl
 """
 
 import dataclasses
@@ -116,7 +116,8 @@ COMPARISONS = [
     *(("layers", (2, 2.5), f"knapsack({s})", f"tiers({s})") for s in (CHANGE, "output_error")),
 ]
 # Codecs that are compared at uniform widths.
-CODEC_PAIRS = [*((other, CODECS[0]) for other in CODECS[1:]), (OFFICIAL, CODECS[2]), (OFFICIAL, CODECS[3])]
+_NAMES = [str(codecs.get(name)) for name in CODECS]  # as ids have them
+CODEC_PAIRS = [*((other, _NAMES[0]) for other in _NAMES[1:]), (_NAMES[1], _NAMES[2]), (_NAMES[1], _NAMES[3])]
 
 
 def arms(codec: str, evidence: scores.Evidence, everything: bool) -> list[Arm]:
@@ -297,7 +298,8 @@ def _correlations(evidence: scores.Evidence) -> dict[str, list[float]]:
 
 def summarise(directory: Path, points: Sequence[Path]) -> None:
   """Compares the arms, paired over sequences after the mean over calibration sets (one a point), in
-  `comparisons.jsonl` of `directory`; `correlations.jsonl` beside it has the rank correlations, layer by layer."""
+  `comparisons.jsonl` of `directory`; `correlations.jsonl` beside it has the rank correlations, layer by layer, and
+  `all.jsonl` both and the rows of all points."""
   tables = [{row["id"]: np.array(list(results.numbered(row, "sequence_")))
              for row in results.read(point / "losses.jsonl")} for point in points]
   path = directory / "comparisons.jsonl"
@@ -331,3 +333,8 @@ def summarise(directory: Path, points: Sequence[Path]) -> None:
     for number, one in enumerate(found):
       results.append(path, {"id": f"rank correlation of {name}, set {number}", "config_hash": one["config_hash"],
                             **{f"layer_{layer}": value for layer, value in enumerate(one[name])}})
+  (directory / "all.jsonl").unlink(missing_ok=True)
+  rows = [row | {"id": f"set {number}: {row['id']}"} for number, point in enumerate(points)
+          for row in results.read(point / "rows.jsonl")]
+  for row in [*rows, *results.read(directory / "comparisons.jsonl"), *results.read(path)]:
+    results.append(directory / "all.jsonl", row)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments import paper_weaknesses
-from moeq_jax import results
+from moeq_jax import codecs, results
 from moeq_jax.evaluate import perplexity
 from tests import tiny
 
@@ -43,6 +43,19 @@ def test_arms_are_compared_in_pairs_after_the_mean_over_sets(tmp_path: Path, cap
   ranks = results.read(tmp_path / "correlations.jsonl")
   assert [(row["layer_0"], row["config_hash"]) for row in ranks] == [(0, "of a"), (0.5, "of b")]
   assert "router_norm, frequency: +0.00 +0.50; +0.50 +0.50" in capsys.readouterr().out
+
+
+def test_every_codec_of_the_sweep_is_compared(tmp_path: Path):
+  """Ids hold a codec's canonical name, whose options may stand in another order than in the config."""
+  place = tmp_path / "a"
+  place.mkdir()
+  (place / "config.json").write_text(json.dumps({"task": "experiment"}))
+  for number, name in enumerate(paper_weaknesses.CODECS):
+    results.append(place / "losses.jsonl", {"id": f"uniform@2@{codecs.get(name)}", "sequence_0": float(number),
+                                            "sequence_1": 2.0 * number})
+  paper_weaknesses.summarise(tmp_path, [place])
+  found = {row["difference"] for row in results.read(tmp_path / "comparisons.jsonl")}
+  assert found == {1.5, 3.0, 4.5, 6.0, -1.5, -3.0}  # four against the first, the official one against two
 
 
 def test_routers_are_rounded_and_nothing_else_is():
