@@ -88,11 +88,11 @@ def of_rows(rows: np.ndarray, mids: np.ndarray, expert: int | None = None, *, ra
     expert: its number, for errors.
     rank, damping: as for `collect`.
 
-  Raises:
-    layerwise.NotFiniteError: a sum over the rows is not finite; names it.
-
   Returns:
     `input_sq` `[D]` and `mid_sq` `[F]` float32, `condition` and `log_am_gm` `[2, 3]` float64.
+
+  Raises:
+    layerwise.NotFiniteError: a sum over the rows is not finite; names it.
   """
   found, sides = {}, []
   for side, values in zip(channels.SIDES, (rows, mids), strict=True):
