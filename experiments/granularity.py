@@ -9,7 +9,8 @@ unit) are paid for out of one budget, so that finer units have fewer bits left f
   expert         a width for each expert
   projection     for each projection of each expert
   channel        for each output channel; the finest. Simulated: no kernel runs it
-  thresholds     for each output channel, by the threshold rule on the statistical score (`allocate/thresholds.py`)
+  thresholds     for each output channel, by the threshold rule on the statistical score (`allocate/thresholds.py`);
+                 `thresholds fisher` on that score times the Fisher trace of the channel's matrix
   block 64       for 64 sorted neurons: N-stripes of gate and up, K-blocks of down; `block 32` and `block 16` cut gate
                  and up finer, and leave down at 64, which is a scale group
   expert sorted  a width for each expert, and the neurons sorted all the same: what is due to the order alone
@@ -51,6 +52,7 @@ CODECS = ("gptq(group=64)", "rtn(group=64)")
 BUDGETS = (2.0, 2.5, 3.0)  # effective bits without scales and zeros
 WIDTHS, Bank = granularity_codes.WIDTHS, granularity_codes.Bank
 ARMS = ("uniform", "expert", "projection", "channel", "thresholds", "block 64", "expert sorted")
+RULES = ("thresholds", "thresholds fisher")
 SORTED = ("expert sorted", "block 64", "block 32", "block 16")
 ALONE = tuple(f"only {name}" for name in artifacts.PROJECTIONS)
 WIDTH_BITS = 2  # that say which of four widths a unit has
@@ -105,20 +107,22 @@ def units_of(arm: str, bank: Bank, group: int) -> tuple[channels.BlockCosts, str
     return block_plans.merged(bank.costs["neurons"], block, neurons.down_block(block, group)), "none"
   if arm == "expert sorted":
     return bank.costs["neurons"], "expert"
-  return bank.costs["outputs"], {"channel": "none", "thresholds": "none"}.get(arm, arm)
+  return bank.costs["outputs"], {"channel": "none"}.get(arm, "none" if arm in RULES else arm)
 
 
 def plan(arm: str, budget: float, bank: Bank, group: int) -> channels.BlockPlan:
   """The plan of an arm whose codes, widths and order together take `budget` bits per weight."""
   costs, constraint = units_of(arm, bank, group)
   nominal = budget - overhead(costs, constraint)
-  if arm != "thresholds":
+  if arm not in RULES:
     return block_plans.plan(costs, nominal, constraint)
   vectors = granularity_codes.channel_stats(bank.moments)
   shape = {name: tuple(w.shape[1:]) for name, w in bank.experts[0].items()}
   projection, sizes = channels.units([(shape[n][1], shape[n][0]) for n in costs.projections])
   errors = channels.ChannelErrors(None, None, WIDTHS, "", group, costs.projections, projection, sizes, costs.axis)
   score = scores.statistical(scores.Evidence(errors, bank.experts, vectors))
+  if arm == "thresholds fisher":
+    score = score * scores.multiplier(vectors, costs.projections, eta=1.0, zeta=0.0)[..., projection]
   traces = scores.fisher_traces(vectors, costs.projections).sum((0, 1))
   widths = (1, 2, 3) if nominal < 2.25 else (2, 3, 4)
   return thresholds.plan(score, costs, nominal, widths, traces=traces)

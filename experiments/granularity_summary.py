@@ -20,13 +20,15 @@ from moeq_jax.report import figures
 
 COLORS = {"gate": "#7a7a7a", "up": "#00507d", "down": "#c24e00"}
 BASES = {"none": "", "hadamard": ", rotated"}
-LOOKS = {"uniform": ("#000000", "o"), "thresholds": ("#c24e00", "v"), "expert": ("#56b4e9", "s"),
+LOOKS = {"uniform": ("#000000", "o"), "thresholds": ("#c24e00", "v"),
+         "thresholds fisher": ("#e69f00", "<"), "expert": ("#56b4e9", "s"),
          "expert sorted": ("#9cc9e8", "D"), "projection": ("#0072b2", "^"), "block 64": ("#009e73", "P"),
          "block 32": ("#33ab8b", "X"), "block 16": ("#66c5ab", "X"), "channel": ("#a3417a", "*")}
 # Arm, and what it is held against.
 PAIRS = (("uniform", "expert"), ("projection", "expert"), ("block 64", "expert"), ("block 16", "expert"),
          ("channel", "expert"), ("thresholds", "expert"), ("expert sorted", "expert"), ("block 64", "projection"),
-         ("block 64", "expert sorted"), ("thresholds", "uniform"), ("channel", "projection"), ("channel", "block 64"))
+         ("block 64", "expert sorted"), ("thresholds", "uniform"), ("thresholds fisher", "uniform"),
+         ("thresholds fisher", "expert"), ("channel", "projection"), ("channel", "block 64"))
 
 Key = tuple[str, str, str, str, float]  # model, codec, rotation, arm, budget
 Losses = dict[Key, dict[int, np.ndarray]]  # by calibration set

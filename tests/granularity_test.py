@@ -11,6 +11,7 @@ from moeq_jax import codecs, kernels
 from moeq_jax.allocate import blocks as block_plans
 from moeq_jax.encode import channels as channel_errors
 from moeq_jax.encode import neurons
+from moeq_jax.scores import channels as scores
 from tests import tiny
 
 CODEC = codecs.get("gptq(group=32)")
@@ -131,3 +132,11 @@ def test_comparisons_pair_sequences_of_the_same_calibration_set():
   assert (found["difference"], found["sets"], found["set_1"]) == (3.5, 1, 3.5) and "set_0" not in found
   assert found["ci95"] == pytest.approx(1.96 * np.std([3, 4], ddof=1) / np.sqrt(2))
   assert rows["expert: rotated - not"]["difference"] == 0.0
+
+
+def test_thresholds_with_fisher_traces_give_bits_to_the_matrices_that_matter(bank):
+  plain, fisher = (granularity.plan(arm, 2.0, bank, CODEC.group) for arm in granularity.RULES)
+  traces = scores.fisher_traces(granularity_codes.channel_stats(bank.moments), fisher.projections)[..., 1]  # of up
+  bits = [np.ravel([part.mean(-1) for part in plan.by_projection()["up"]]) for plan in (plain, fisher)]
+  rank = [scipy.stats.spearmanr(own, traces.ravel()).statistic for own in bits]
+  assert rank[1] > 0.9 > rank[0]

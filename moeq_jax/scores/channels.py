@@ -175,9 +175,13 @@ def conditions(stats: channels.ChannelStats, projections: Sequence[str]) -> np.n
 def multiplier(stats: channels.ChannelStats, projections: Sequence[str], *, eta: float, zeta: float) -> np.ndarray:
   """`M = (tr F / mean)^eta (AM/GM)^zeta` of every projection of every expert, `[L, E, P]`; the second factor has the
   geometric mean 1 over the model, so that it moves bits without changing the scale of costs much."""
-  traces, logs = fisher_traces(stats, projections), conditions(stats, projections)
+  traces = fisher_traces(stats, projections)
   mean = traces.mean()
-  return (traces / (mean if mean > 0 else 1.0)) ** eta * np.exp(zeta * (logs - logs.mean()))
+  found = (traces / (mean if mean > 0 else 1.0)) ** eta
+  if not zeta:
+    return found
+  logs = conditions(stats, projections)
+  return found * np.exp(zeta * (logs - logs.mean()))
 
 
 def default_zeta(codec: str) -> float:
