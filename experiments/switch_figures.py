@@ -199,7 +199,8 @@ def main(argv: Sequence[str]) -> None:
     raise SystemExit(f"{place / folder}: no folder with rows.jsonl; run experiments/switch_track.py first, with this"
                      " --workdir")
   name = "" if folder == "track" else f"_{folder}"
-  lines = [json.dumps(row, sort_keys=True) for run in runs for row in run["rows"]]
+  lines = [json.dumps(row | {"id": f"{row['model']}: {row['id']}"}, sort_keys=True)
+           for run in runs for row in run["rows"]]
   artifacts.write_bytes(ROOT / f"experiments/results/switch_track{name}.jsonl", ("\n".join(lines) + "\n").encode())
   text = f" ({folder})" if name else ""
   pictures = {}

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeq_jax import results
+from moeq_jax import results, runs
 
 VALUES = st.one_of(
   st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.text(max_size=8)
@@ -179,3 +179,10 @@ def test_a_run_killed_inside_a_write_ends_with_the_same_bytes(tmp_path, where):
   assert [row["id"] for row in there] == [f"row-{i}" for i in range(where[1] - (where[2] == "before"))]
   assert run("killed", "replace", 0, "before") == 0
   assert (tmp_path / "killed" / "rows.jsonl").read_bytes() == (tmp_path / "quiet" / "rows.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("path", sorted((runs.ROOT / "experiments" / "results").glob("*.jsonl")), ids=lambda p: p.name)
+def test_every_committed_row_says_of_which_config_it_is(path: Path):
+  rows = results.read(path)
+  assert rows and all(len(row["config_hash"]) == 64 for row in rows)
+  assert len({row["id"] for row in rows}) == len(rows)
