@@ -137,7 +137,13 @@ def corrupted(rows: np.ndarray, model: switch.SwitchConfig, first: int | None, s
     density: share of the tokens that is taken out.
     endings: share of the rows, the first ones, whose end is taken out as one span.
     repetitions: share of the rows, those after them, that lose nothing and whose targets repeat a part of them.
+
+  Raises:
+    ValueError: shares below 0, or of more than all rows.
+    span_corruption.SpanError: a text that cannot be corrupted.
   """
+  if min(endings, repetitions) < 0 or endings + repetitions > 1:
+    raise ValueError(f"endings={endings}, repetitions={repetitions}: they are shares of the rows, at most 1 together")
   rng, end = np.random.default_rng(seed), model.eos_token_id
   end = end if isinstance(end, int) else end[0]
   pairs, reserved = [], (end, model.pad_token_id, model.decoder_start_token_id)

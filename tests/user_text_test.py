@@ -196,6 +196,9 @@ def test_a_share_of_the_rows_repeats_its_input():
   batch = user_text.corrupted(rows, model, 63, [0], density=0.3, endings=0.25, repetitions=0.5)
   seen = [set(targets) - {1} <= set(inputs) for inputs, targets in zip(*batch.values(), strict=True)]
   assert seen == [False, True, True, False] and (batch["targets"] != switch.NO_TARGET).all()
+  for endings, repetitions in ((-0.1, 0.5), (0.6, 0.5)):
+    with pytest.raises(ValueError, match="at most 1 together"):
+      user_text.corrupted(rows, model, 63, [0], endings=endings, repetitions=repetitions)
 
 
 def test_spans_without_sentinels_in_the_vocabulary_take_ids_that_the_sequence_does_not_use():
