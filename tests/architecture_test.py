@@ -99,7 +99,7 @@ def _files(suffix: str = "") -> list[Path]:
   found = []
   for folder, inner, names in os.walk(ROOT):
     inner[:] = [name for name in inner if name == ".ci" or not (name.startswith(".") or name in NOT_SOURCE)]
-    found += [Path(folder) / name for name in names if name.endswith(suffix)]
+    found += [Path(folder) / name for name in names if name.endswith(suffix) and name != ".git"]  # of a worktree
   return sorted(found)
 
 
