@@ -148,6 +148,7 @@ def summarise(directory: Path, points: Sequence[Path]) -> None:
   """Compares down with up and with gate over all points: `comparisons.jsonl`, a table, and the figure."""
   path = directory / "comparisons.jsonl"
   path.unlink(missing_ok=True)
+  stamp = {"config_hash": runs.hash_of(points)}
   losses: dict[tuple[str, str, str], list[np.ndarray]] = {}
   for point in points:
     for row in results.read(point / "losses.jsonl"):
@@ -163,8 +164,8 @@ def summarise(directory: Path, points: Sequence[Path]) -> None:
         delta, stderr = perplexity.paired(*(sign * np.mean(part, axis=0) for part in zip(*both, strict=True)))
         row = {"id": f"{model}@{codec}: {pattern.format('down')} - {pattern.format(other)}", "model": model,
                "codec": codec, "against": other, "arm": pattern.format("down"), "down_needs_more": delta,
-               "ci95": 1.96 * stderr, "sets": len(both), "config_hash": runs.hash_of(points),
-               **{f"set_{i}": float(sign * (a - b).mean()) for i, (a, b) in enumerate(both)}}
+               "ci95": 1.96 * stderr, "sets": len(both),
+               **{f"set_{i}": float(sign * (a - b).mean()) for i, (a, b) in enumerate(both)}} | stamp
         results.append(path, row)
         shown.add_row(model, codec, pattern.format("P"), other, f"{delta:+.4f} ± {1.96 * stderr:.4f}",
                       " ".join(f"{sign * (a - b).mean():+.4f}" for a, b in both))

@@ -302,7 +302,7 @@ def summarise(directory: Path, points: Sequence[Path]) -> None:
   `all.jsonl` both and the rows of all points."""
   tables = [{row["id"]: np.array(list(results.numbered(row, "sequence_")))
              for row in results.read(point / "losses.jsonl")} for point in points]
-  path = directory / "comparisons.jsonl"
+  path, stamp = directory / "comparisons.jsonl", {"config_hash": runs.hash_of(points)}
   path.unlink(missing_ok=True)
   shown = rich_table.Table("claim", "bits", "arm", "against", "difference, nats", "of each set")
   base = next((i for table in tables for i in table if i.startswith("full precision@")), "@@").split("@")[2]
@@ -318,8 +318,8 @@ def summarise(directory: Path, points: Sequence[Path]) -> None:
     delta, stderr = perplexity.paired(*(np.mean(part, axis=0) for part in zip(*both)))
     row = {"id": f"{claim}: {one} - {two}", "claim": claim, "arm": one, "against": two, "budget": budget,
            "difference": delta, "difference_ci95": 1.96 * stderr, "sets": len(both),
-           "config_hash": runs.hash_of(points), **{f"set_{i}": value for i, value in enumerate(each)}}
-    results.append(path, row)
+           **{f"set_{i}": value for i, value in enumerate(each)}}
+    results.append(path, row | stamp)
     shown.add_row(claim, f"{budget:g}", " ".join(sides[0]), " ".join(sides[1]),
                   f"{delta:+.4f} ± {1.96 * stderr:.4f}", " ".join(f"{value:+.4f}" for value in each))
   found = [json.loads(file.read_text()) for point in points if (file := point / "correlations.json").is_file()]

@@ -201,11 +201,10 @@ def main(argv: Sequence[str]) -> None:
   name = "" if folder == "track" else f"_{folder}"
   lines = [json.dumps(row | {"id": f"{row['model']}: {row['id']}"}, sort_keys=True)
            for run in runs for row in run["rows"]]
-  artifacts.write_bytes(ROOT / f"experiments/results/switch_track{name}.jsonl", ("\n".join(lines) + "\n").encode())
-  text = f" ({folder})" if name else ""
+  where = f" ({folder})" if name else ""
   pictures = {}
   if len(budgets(runs)) > 1:
-    pictures["loss"] = against_bits(runs, "loss_delta", f"Switch Transformer: increase of held-out loss{text}",
+    pictures["loss"] = against_bits(runs, "loss_delta", f"Switch Transformer: increase of held-out loss{where}",
                                     "nats per target token")
   if not name:
     pictures["rouge2"] = against_bits(runs, "rouge2_delta", "Switch Transformer: change of ROUGE-2", "points of 100")
@@ -213,6 +212,7 @@ def main(argv: Sequence[str]) -> None:
     logs = {"pre-training": log(place / "pretrained/model/training_log.jsonl"),
             "fine-tuning, seed 0": log(place / "finetuned/seed=0/model/training_log.jsonl")}
     pictures["router_norms"] = norm_paths(logs, np.array(runs[0]["summary"]["scores"]["frequency"]))
+  artifacts.write_bytes(ROOT / f"experiments/results/switch_track{name}.jsonl", ("\n".join(lines) + "\n").encode())
   for kind, png in pictures.items():
     artifacts.write_bytes(ROOT / f"docs/figures/switch{name}_{kind}.png", png)
   for title, text in (
